@@ -1,0 +1,178 @@
+"""The accuracy of a trained model over all views of every video, or what is in a video.
+
+    python evaluate.py runs/demo-dualpath-s0/best.pt                      # data and views as in training
+    python evaluate.py CKPT --data folder --root DIR --views 3x1          # other ones
+    python evaluate.py CKPT clip.mp4 another.mp4                          # the five likeliest classes of each
+    torchrun --nproc_per_node=8 evaluate.py CKPT                          # eight processes, the same figures
+"""
+import argparse
+import csv
+import json
+import os
+import re
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+import data
+import model as models
+
+
+def start_processes():
+    """(rank, world, device); joins the process group exactly when torchrun started us."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if cuda else "cpu")
+    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def autocast_type(name, device):
+    """The compute type of --amp: auto is bfloat16 on GPUs that have it, float16 on others, none on CPUs."""
+    if name == "off" or (name == "auto" and device.type != "cuda"):
+        return None
+    if device.type != "cuda":
+        raise models.ModelError(f"--amp {name} needs a CUDA GPU, and there is none: leave it out")
+    if name == "auto":
+        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+@torch.no_grad()
+def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evaluating"):
+    """Softmax averaged over all views of each video; every video exactly once, whatever the number of processes.
+
+    clips: data.Clips for testing. Returns a row per video, ordered and the same in every process:
+    (index, label, likeliest classes (≤ 5), their scores, None), or (index, label, [], [], error).
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    was_training = model.training
+    model.eval()
+    # Uneven shards are no problem for the bare module; a DDP wrapper would wait for the missing batches.
+    shard = Subset(clips, range(rank, len(clips), world))
+    loader = DataLoader(shard, batch, collate_fn=list, num_workers=workers, pin_memory=device.type == "cuda")
+    rows = []
+    for videos in tqdm(loader, title, unit="batch", leave=False, disable=rank > 0):
+        rows += [(index, label, [], [], error) for views, label, index, error in videos if views is None]
+        videos = [video for video in videos if video[0] is not None]
+        if not videos:
+            continue
+        views = torch.stack([video[0] for video in videos]).to(device, non_blocking=True)  # (B, views, T, 3, H, W)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(views.flatten(0, 1))
+        scores = logits.float().softmax(-1).unflatten(0, views.shape[:2]).mean(1)  # (B, classes)
+        scores, classes = scores.topk(min(5, scores.shape[1]))
+        rows += [(index, label, c, s, None) for (_, label, index, _), c, s in zip(videos, classes.tolist(), scores.tolist())]
+    model.train(was_training)
+    return sorted(gather(rows) if world > 1 else rows)
+
+
+def gather(rows):
+    """The lists of all processes, joined, in every process."""
+    shards = [None] * dist.get_world_size()
+    dist.all_gather_object(shards, rows)
+    return [row for shard in shards for row in shard]
+
+
+def summarise(rows):
+    """Accuracies as fractions: over all videos, where one that cannot be read counts as wrong, and over the readable."""
+    top1 = sum(classes[:1] == [label] for _, label, classes, _, _ in rows)
+    top5 = sum(label in classes for _, label, classes, _, _ in rows)
+    failed = sum(error is not None for *_, error in rows)
+    readable = max(1, len(rows) - failed)
+    return dict(videos=len(rows), failed=failed, top1=top1 / len(rows), top5=top5 / len(rows),
+                top1_readable=top1 / readable, top5_readable=top5 / readable)
+
+
+def parse_views(text):
+    """'3x1' → (3 clips, 1 crop)."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not CLIPSxCROPS, such as 3x1")
+    return int(match[1]), int(match[2])
+
+
+def show_videos(model, clips, classes, device, dtype):
+    """Print the five likeliest classes of each video; returns the number that could not be read."""
+    rows = predict(model, clips, device, dtype, batch=1)
+    for index, _, likeliest, scores, error in rows:
+        print(clips.samples[index][0] if error is None else error)
+        for c, score in zip(likeliest, scores):
+            print(f"  {100 * score:5.1f} %  {classes[c]}")
+    return sum(row[-1] is not None for row in rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Accuracy of a checkpoint over all views, or what is in a video.")
+    parser.add_argument("checkpoint")
+    parser.add_argument("video", nargs="*", help="classify these files instead of evaluating a data set")
+    parser.add_argument("--data", choices=data.SOURCES, help="data set (default: the one it was trained on)")
+    parser.add_argument("--root", help="folder of the data (default: the one it was trained on)")
+    parser.add_argument("--views", type=parse_views, metavar="CLIPSxCROPS", help="views per video (default: the recipe's)")
+    parser.add_argument("--backbone", help="where the image model is here, if not where it was in training")
+    parser.add_argument("--pretrained", help="likewise, the file or tag of its weights")
+    parser.add_argument("--batch", type=int, default=8, help="videos per process and step")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="decoding processes")
+    parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    parser.add_argument("--limit", type=int, help="only the first N videos")
+    parser.add_argument("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
+    args = parser.parse_args(argv)
+    rank, world, device = start_processes()
+    try:
+        dtype = autocast_type(args.amp, device)
+        model, content = models.load_checkpoint(args.checkpoint, args.backbone, args.pretrained)
+        model.to(device)
+        run = content["run"]
+        views, names = args.views or tuple(run["views"]), run["classes"]
+        options = dict(num_frames=model.num_frames, size=model.visual.image_size[0], sampling=run["sampling"],
+                       stride=run["test_stride"], views=views)
+        if args.video:
+            clips = data.Clips([(path, -1) for path in args.video], **options)
+            return int(show_videos(model, clips, names, device, dtype) > 0)
+        source = args.data or run["data"]
+        root = args.root or (run["root"] if source == run["data"] else None)
+        videos = data.find_videos(source, root)
+        if videos.classes != names:
+            raise data.DataError(f"the classes of {source} ({len(videos.classes)}) are not the {len(names)} that the checkpoint knows")
+        if not videos.val:
+            raise data.DataError(f"{source} has no validation videos")
+    except (models.ModelError, data.DataError) as error:
+        raise SystemExit(f"evaluate.py: {error}")
+
+    clips = data.Clips(videos.val[:args.limit], **options)
+    rows = predict(model, clips, device, dtype, args.batch, args.workers)
+    if rank > 0:
+        return 0
+    result = dict(summarise(rows), checkpoint=args.checkpoint, data=source, views="%dx%d" % views)
+    print(f"top-1 {100 * result['top1']:.2f} %   top-5 {100 * result['top5']:.2f} %   ({result['videos']} videos,"
+          f" {views[0]} clips x {views[1]} crops)")
+    if result["failed"]:
+        print(f"{result['failed']} videos could not be read and count as wrong; over the readable ones top-1"
+              f" {100 * result['top1_readable']:.2f} %, top-5 {100 * result['top5_readable']:.2f} %")
+        for *_, error in [row for row in rows if row[-1]][:10]:
+            print(f"  {error}")
+    result["unreadable"] = [clips.samples[row[0]][0] for row in rows if row[-1]]
+    file = os.path.splitext(args.checkpoint)[0] + f".{source}.json"
+    with open(file, "w") as out:
+        json.dump(result, out, indent=1)
+    print(f"wrote {file}")
+    if args.predictions:
+        with open(args.predictions, "w", newline="") as out:
+            table = csv.writer(out)
+            best = range(1, min(5, len(names)) + 1)
+            table.writerow(["video", "label"] + [f"{what}{i}" for i in best for what in ("class", "score")])
+            for index, label, classes, scores, _ in rows:
+                table.writerow([clips.samples[index][0], names[label]]
+                               + [cell for c, s in zip(classes, scores) for cell in (names[c], f"{s:.6f}")])
+        print(f"wrote {args.predictions}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

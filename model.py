@@ -1,0 +1,395 @@
+"""The video models: an image transformer, frozen, and the few weights that are trained around it.
+
+    python model.py                              # parameters and GMACs of each method
+    python model.py --export RUN/last.pt DIR     # a run's image model as an open_clip folder, for --backbone local-dir:DIR
+
+build_model() makes a model; save_checkpoint() and load_checkpoint() keep what was trained, and only that.
+"""
+import argparse
+import difflib
+import hashlib
+import itertools
+import json
+import logging
+import mmap
+import os
+import sys
+import zipfile
+
+import open_clip
+import safetensors.torch
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from adapters import DualPathBlock
+from grid import check_divides, frameset, position_code
+
+METHODS = ("dualpath", "linear", "full")
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")
+BACKBONES = {"tiny": f"local-dir:{TINY}"}  # short names
+NO_TEXT = dict(width=8, heads=1, layers=1, context_length=8, vocab_size=16)  # open_clip insists on a text tower
+
+
+class ModelError(ValueError):
+    """A model or a checkpoint cannot be had as asked; the message is one sentence for the user."""
+
+
+# ---------------------------------------------------------------- the image model
+
+def load_image_model(backbone, pretrained, image_size=None):
+    """open_clip's image tower, a VisionTransformer that carries its own image_mean and image_std.
+
+    backbone: an open_clip name, 'local-dir:DIR' or 'hf-hub:REPO' (which bring their own weights, whatever
+    tag `pretrained` names), or 'tiny'. pretrained: a tag, a file, or None for random weights. Raises
+    ModelError, before anything is downloaded wherever the configuration tells.
+    """
+    name = BACKBONES.get(backbone, backbone)
+    file = pretrained if pretrained is not None and ":" not in name and os.path.isfile(pretrained) else None
+    config = check_backbone(name, None if file or ":" in name else pretrained)
+    options = dict(pretrained=pretrained, require_pretrained=True)
+    if file or pretrained is None:  # then open_clip only has to build the image tower
+        options = dict(load_weights=False, text_cfg=NO_TEXT)
+    try:
+        clip = create_clip(name, force_image_size=image_size, **options)
+    except Exception as error:  # "no network" alone has dozens of exception types
+        raise ModelError(f"cannot load the image model {backbone!r} with weights {pretrained!r}: {first_line(error)};"
+                         " without a network, download the weights elsewhere and pass the file as --pretrained PATH")
+    if file:
+        load_tower(clip, file, backbone, image_size)
+        if os.environ.get("RANK", "0") == "0":  # once, not once per process
+            print(f"note: {file} cannot tell its activation; {backbone} uses {'QuickGELU' if config.get('quick_gelu') else 'GELU'}"
+                  " (OpenAI's, dfn2b's and metaclip's weights want a -quickgelu backbone)", file=sys.stderr)
+    return clip.visual
+
+
+def create_clip(name, **options):
+    """open_clip.create_model without its log lines; what matters in them is checked here, not logged."""
+    logging.disable(logging.ERROR)
+    try:
+        return open_clip.create_model(name, device=torch.get_default_device(), **options)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def check_backbone(name, tag):
+    """The open_clip configuration of a ViT with a class token; refuses others, and a tag of other weights.
+
+    open_clip only warns where weights meet the wrong activation, and the features are then quietly worse.
+    """
+    try:
+        config = open_clip.get_model_config(name)
+    except Exception as error:  # no such folder, not JSON, no network for hf-hub:
+        raise ModelError(f"cannot read the configuration of backbone {name!r}: {first_line(error)}")
+    if config is None:
+        near = difflib.get_close_matches(name, open_clip.list_models() + list(BACKBONES), n=3, cutoff=0.4)
+        raise ModelError(f"open_clip has no model {name!r}; near: {', '.join(near) or 'none, see open_clip.list_models()'}")
+    vision, quick = config.get("vision_cfg", {}), config.get("quick_gelu", False)
+    if ("timm_model_name" in vision or isinstance(vision.get("layers"), list)
+            or vision.get("attentional_pool") or vision.get("pool_type", "tok") != "tok"):
+        raise ModelError(f"backbone {name!r} has no class token to read (it is convolutional, comes from timm, or pools by"
+                         " attention or averaging): take a native open_clip ViT, such as ViT-B-16-quickgelu")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+    tag_quick = open_clip.get_pretrained_cfg(name, tag or "").get("quick_gelu", False)
+    if tag and (tag_quick != quick if tag in tags else tag in open_clip.list_pretrained_tags_by_model(other)):
+        raise ModelError(f"weights {tag!r} were trained with {'GELU' if quick else 'QuickGELU'}, which {name} does not use:"
+                         f" take --backbone {other}")
+    if tag and tag not in tags:
+        raise ModelError(f"{tag!r} is neither a file nor weights that open_clip has for {name}; it has {', '.join(tags) or 'none'}")
+    return config
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load_tower(clip, path, backbone, image_size):
+    """Fill clip.visual from a file that holds a whole CLIP or an image tower; every key must match."""
+    try:
+        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            state = torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's own archives are TorchScript
+        else:
+            state = open_clip.factory.load_state_dict(path)
+    except Exception as error:  # zip, pickle, json and C++ readers each raise their own kinds
+        raise ModelError(f"cannot read weights from {path}: {first_line(error)}")
+    if not any(k.startswith("visual.") for k in state):
+        state = {f"visual.{k}": v for k, v in state.items()}
+    if image_size is not None:
+        open_clip.model.resize_pos_embed(state, clip)
+    state = {k.removeprefix("visual."): v.float() for k, v in state.items() if k.startswith("visual.")}
+    load_strictly(clip.visual, clip.visual.state_dict(), state, f"{path} does not fit {backbone}")
+
+
+def load_strictly(module, own, state, what):
+    """Copy `state` over `own`, a part of module's state; a missing, surplus or misshapen tensor is a ModelError."""
+    shape = lambda t: tuple(t.shape) if isinstance(t, torch.Tensor) else None
+    wrong = ([f"{k} is missing" for k in own if k not in state] + [f"{k} is too many" for k in state if k not in own]
+             + [f"{k} has shape {shape(v)}, not {shape(own[k])}" for k, v in state.items() if k in own and shape(v) != shape(own[k])])
+    if wrong:
+        raise ModelError(f"{what}: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    module.load_state_dict(state, strict=False)
+
+
+# ---------------------------------------------------------------- the video models
+
+class FrameModel(nn.Module):
+    """T_s frames, each an ordinary image; their class features averaged; one linear layer on them.
+
+    `linear` trains that layer alone, `full` everything; the order of the frames plays no part. visual is
+    the image model under open_clip's own names; whatever else a model has is new, and trained.
+    """
+
+    def __init__(self, visual, num_classes, num_frames, spatial_frames, full=False):
+        super().__init__()
+        check_divides("the number of frames", num_frames, spatial_frames)
+        self.visual = visual.requires_grad_(full)
+        self.num_frames, self.spatial_frames = num_frames, spatial_frames
+        for name, value in (("mean", visual.image_mean), ("std", visual.image_std)):
+            self.register_buffer(name, 255 * torch.tensor(value).view(3, 1, 1), persistent=False)
+        self.head = nn.Linear(visual.output_dim, num_classes)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.visual.eval()  # the image model's own dropout stays off
+        return self
+
+    def forward(self, video):
+        """video: (B, T, 3, H, W) uint8 → logits (B, num_classes)."""
+        y_sp, y_tp = self.features(video)
+        return self.head(torch.cat([y for y in (y_tp, y_sp) if y is not None], dim=-1))
+
+    def features(self, video):
+        """(B, T, 3, H, W) uint8 → (y_sp (B, d), None): there is no temporal path."""
+        self.check(video)
+        frames = video[:, ::self.num_frames // self.spatial_frames].flatten(0, 1).float()  # (B·T_s, 3, H, W)
+        x = self.tokens(self.patches(frames), self.visual.class_embedding, self.visual.positional_embedding[None])
+        for block in self.visual.transformer.resblocks:
+            x = block(x)
+        return self.class_feature(x, video.shape[0]), None
+
+    def check(self, video):
+        want = (self.num_frames, 3, *self.visual.image_size)
+        if video.ndim != 5 or video.shape[1:] != want or video.dtype != torch.uint8:
+            raise ValueError(f"the model takes uint8 video (batch, {', '.join(map(str, want))}), not {video.dtype} {tuple(video.shape)}")
+
+    def patches(self, images):
+        """(N, 3, H, W), values 0…255 → patch embeddings (N, P, d), no positions yet."""
+        return self.visual.conv1((images - self.mean) / self.std).flatten(2).transpose(1, 2)
+
+    def tokens(self, patches, class_token, position):
+        """(B·n, P, d) → (B·n, 1 + P, d): class token in front, position (n, 1 + P, d) added, ln_pre where there is one."""
+        x = torch.cat([class_token.to(patches.dtype).expand(patches.shape[0], 1, -1), patches], dim=1)
+        x = x.unflatten(0, (-1, position.shape[0])) + position.to(patches.dtype)
+        return self.visual.ln_pre(x.flatten(0, 1))
+
+    def class_feature(self, tokens, batch):
+        """The class tokens' features, averaged over each clip's images: (batch·n, L, d) → (batch, d_out)."""
+        return (self.visual.ln_post(tokens[:, 0]) @ self.visual.proj).unflatten(0, (batch, -1)).mean(dim=1)
+
+
+class DualPath(FrameModel):
+    """Two paths through one frozen image model (section 3 of the paper).
+
+    Trained: the adapters (blocks), the head, both class tokens and p^SP. A path that is switched off is
+    not built: it has no images, and its feature is None.
+    """
+
+    def __init__(self, visual, num_classes, num_frames, spatial_frames, rows, cols, paths, position_scale, **adapters):
+        super().__init__(visual, num_classes, num_frames, spatial_frames)
+        (H, W), d, d_out = visual.image_size, visual.class_embedding.shape[0], visual.output_dim
+        frameset(torch.empty(0, num_frames, 3, H, W), rows, cols)  # says what does not divide
+        self.rows, self.cols = rows, cols
+        self.spatial, self.temporal = paths != "temporal", paths != "spatial"
+        self.blocks = nn.ModuleList(DualPathBlock(d, paths=paths, **adapters) for _ in visual.transformer.resblocks)
+        visual.class_embedding.requires_grad_(self.spatial)
+        visual.positional_embedding.requires_grad_(self.spatial)
+        if self.temporal:
+            # What the frozen blocks know as a class token is the embedding with its position added.
+            start = (visual.class_embedding + visual.positional_embedding[0]).detach()
+            self.temporal_class_embedding = nn.Parameter(start.clone())
+            code = position_scale * position_code(num_frames // (rows * cols), H, W, visual.patch_size[0], d, rows, cols)
+            code = nn.functional.pad(code.to(start.device), (0, 0, 1, 0))  # the class token's code is zero
+            self.register_buffer("temporal_position", code, persistent=False)  # p^TP (T_G, 1 + P, d)
+        self.head = nn.Sequential(nn.Linear(d_out * (self.spatial + self.temporal), d_out), nn.GELU(), nn.Linear(d_out, num_classes))
+
+    def features(self, video):
+        """(B, T, 3, H, W) uint8 → (y_sp, y_tp), each (B, d) or None: the two paths' class features."""
+        self.check(video)
+        B, N, v = video.shape[0], video.shape[0] * self.spatial_frames * self.spatial, self.visual
+        frames = (video if self.spatial else video[:0])[:, ::self.num_frames // self.spatial_frames].float()  # (B, T_s, 3, H, W)
+        framesets = frameset((video if self.temporal else video[:0]).float(), self.rows, self.cols)  # (B, T_G, 3, H, W)
+        patches = self.patches(torch.cat([frames.flatten(0, 1), framesets.flatten(0, 1)]))  # (B·(T_s + T_G), P, d)
+        x = self.tokens(patches[:N], v.class_embedding, v.positional_embedding[None])
+        z = self.tokens(patches[N:], self.temporal_class_embedding, self.temporal_position) if self.temporal else x[:0]
+        for block, adapted in zip(v.transformer.resblocks, self.blocks):
+            x, z = adapted(block, x, z)
+        return self.class_feature(x, B) if self.spatial else None, self.class_feature(z, B) if self.temporal else None
+
+
+def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu", pretrained="openai",
+                num_frames=32, spatial_frames=8, image_size=None, rows=4, cols=4, bottleneck=128, dropout=0.1,
+                pre_attention_adapter=False, serial_skip=False, paths="both", position_scale=1.0):
+    """A video classifier around a frozen image model: forward((B, T, 3, H, W) uint8) → (B, num_classes).
+
+    image_size: None for the image model's own; else its position embedding is interpolated. rows, cols: the
+    frameset's. position_scale: amplitude of p^TP. The rest is explained in adapters.py. Raises ModelError.
+    """
+    config = dict(locals())
+    if method not in METHODS:
+        raise ModelError(f"there is no method {method!r}; the methods are {', '.join(METHODS)}")
+    if paths not in (("both", "spatial", "temporal") if method == "dualpath" else ("both",)):
+        raise ModelError(f"paths is {paths!r}; it is both, spatial or temporal, and the last two are for dualpath alone")
+    visual = load_image_model(backbone, pretrained, image_size)
+    try:
+        if method == "dualpath":
+            model = DualPath(visual, num_classes, num_frames, spatial_frames, rows, cols, paths, position_scale, bottleneck=bottleneck,
+                             dropout=dropout, pre_attention_adapter=pre_attention_adapter, serial_skip=serial_skip)
+        else:
+            model = FrameModel(visual, num_classes, num_frames, spatial_frames, full=method == "full")
+    except ValueError as error:
+        raise ModelError(str(error))
+    model.config = config
+    model.fingerprint = fingerprint(model)
+    return model.train()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+MARK = b"\nsha256 "  # a checkpoint is torch.save's output, this mark, and the SHA-256 of that output in hexadecimal
+
+
+def fingerprint(model):
+    """SHA-256 of the frozen weights as loaded. The position embedding is left out: where the image size is not
+    the image model's own it was interpolated, and the last bits of that differ between processors."""
+    digest = hashlib.sha256()
+    for name, p in model.visual.named_parameters():
+        if not p.requires_grad and name != "positional_embedding" and not p.is_meta:
+            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def saved_weights(model):
+    """What a checkpoint holds: the trained weights; where the frozen ones are random, those too."""
+    tuned = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {k: v for k, v in model.state_dict().items() if k in tuned or model.config["pretrained"] is None}
+
+
+def save_checkpoint(path, model, run, training=None):
+    """Write what was trained, and what rebuilds the model around it, atomically, with a SHA-256 over all.
+
+    run: plain values that describe the data and the recipe (the classes' names among them); training: what
+    resuming needs (optimiser state, epoch), or None.
+    """
+    torch.save(dict(format=1, model=model.config, weights=saved_weights(model), fingerprint=model.fingerprint, run=run, training=training,
+                    versions=dict(torch=str(torch.__version__), open_clip=open_clip.__version__)), f"{path}.tmp")
+    with open(f"{path}.tmp", "rb+") as file:
+        file.write(MARK + hashlib.file_digest(file, "sha256").hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def read_checkpoint(path):
+    """The content of a checkpoint, once its SHA-256 has been checked; raises ModelError."""
+    if not os.path.isfile(path):
+        raise ModelError(f"there is no checkpoint {path}")
+    tail = len(MARK) + 64
+    with open(path, "rb") as file:
+        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if os.path.getsize(path) > tail else b""
+    if bytes(whole[-tail:]) != MARK + hashlib.sha256(whole[:-tail]).hexdigest().encode():
+        raise ModelError(f"{path} is not a checkpoint of this project, or is damaged: its SHA-256 does not fit its content")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # pickle, zip and C++ readers each raise their own kinds
+        content = None
+    if not isinstance(content, dict) or content.get("format") != 1:
+        raise ModelError(f"{path} is refused: it holds something other than this project's plain values and tensors")
+    return content
+
+
+def load_weights(model, content, path, head=True):
+    """Copy a checkpoint's weights, or all but its head's, into a model that was built alike; raises ModelError."""
+    theirs, ours = content["model"], model.config
+    if theirs["pretrained"] is not None and model.fingerprint != content["fingerprint"]:
+        raise ModelError(f"{path} was trained around other frozen weights, those of {theirs['backbone']!r}"
+                         f" ({theirs['pretrained']!r}), not of {ours['backbone']!r} ({ours['pretrained']!r})")
+    chosen = lambda weights: {k: v for k, v in weights.items() if head or not k.startswith("head.")}
+    load_strictly(model, chosen(saved_weights(model)), chosen(content["weights"]), f"{path} does not fit the model")
+
+
+def load_checkpoint(path, backbone=None, pretrained=None):
+    """Rebuild the model of a checkpoint, in eval mode → (model, the checkpoint's content). Raises ModelError.
+
+    backbone, pretrained: where the image model is to be found here, if not where it was in training; its
+    frozen weights must be the same ones.
+    """
+    content = read_checkpoint(path)
+    config = dict(content["model"], backbone=backbone or content["model"]["backbone"])
+    if config["pretrained"] is not None:  # else, as with `full`, the checkpoint holds every weight
+        config["pretrained"] = None if config["method"] == "full" else pretrained or config["pretrained"]
+    model = build_model(**config)
+    load_weights(model, content, path)
+    return model.eval(), content
+
+
+def export_image_model(model, folder):
+    """Write a model's image tower as an open_clip folder, for --backbone local-dir:FOLDER."""
+    name = BACKBONES.get(model.config["backbone"], model.config["backbone"])
+    clip = create_clip(name, load_weights=False, text_cfg=NO_TEXT)
+    for p in clip.parameters():
+        nn.init.zeros_(p)  # the text tower's: nobody uses them
+    clip.visual.load_state_dict(model.visual.state_dict())
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "open_clip_config.json"), "w") as file:
+        json.dump(dict(model_cfg=dict(open_clip.get_model_config(name), text_cfg=NO_TEXT),
+                       preprocess_cfg=dict(mean=model.visual.image_mean, std=model.visual.image_std)), file, indent=1)
+    safetensors.torch.save_file(clip.state_dict(), os.path.join(folder, "open_clip_model.safetensors"))
+
+
+# ---------------------------------------------------------------- the report
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+def count_gmacs(model):
+    """10⁹ multiply-accumulates, of matmuls and convolutions, in the forward of one clip, counted as it runs."""
+    video = torch.zeros(1, model.num_frames, 3, *model.visual.image_size, dtype=torch.uint8, device=model.mean.device)
+    # With gradients enabled: the fused attention of CPU inference hides its products from the counter.
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+        model(video)
+    return counter.get_total_flops() / 2e9
+
+
+def report(backbones, frames, classes):
+    print(f"{'backbone':20s} {'method':16s} {'T':>3s} {'all M':>8s} {'tuned M':>8s} {'GMACs/view':>10s}")
+    rows = [("dualpath", T, {}) for T in frames] + [("dualpath", frames[-1], dict(pre_attention_adapter=True))]
+    rows += [(method, frames[0], {}) for method in METHODS if method != "dualpath"]
+    for backbone, (method, T, options) in itertools.product(backbones, rows):
+        with torch.device("meta"):  # shapes without memory: counting needs no weights
+            model = build_model(method, classes, backbone, None, num_frames=T, **options)
+            (tuned, everything), gmacs = count_parameters(model), count_gmacs(model)
+        print(f"{backbone:20s} {method + ' + A_t0' * bool(options):16s} {T:3d} {everything / 1e6:8.2f} {tuned / 1e6:8.2f} {gmacs:10.1f}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Parameters and multiply-accumulates of each method.")
+    parser.add_argument("--backbone", nargs="+", default=["ViT-B-16-quickgelu", "ViT-L-14-quickgelu"], help="open_clip names")
+    parser.add_argument("--frames", nargs="+", type=int, default=[16, 32, 48], help="frames per clip, T")
+    parser.add_argument("--classes", type=int, default=400)
+    parser.add_argument("--export", nargs=2, metavar=("CKPT", "DIR"), help="write a checkpoint's image model to a folder")
+    args = parser.parse_args(argv)
+    try:
+        if args.export:
+            export_image_model(load_checkpoint(args.export[0])[0], args.export[1])
+            print(f"wrote {args.export[1]}; use it with --backbone local-dir:{args.export[1]}")
+        else:
+            report(args.backbone, args.frames, args.classes)
+    except ModelError as error:
+        raise SystemExit(f"model.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

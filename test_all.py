@@ -1,0 +1,1031 @@
+"""Every claim of the other files, tested: pytest test_all.py"""
+import csv
+import json
+import math
+import os
+import pickle
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.nn import functional as F
+
+import adapters
+import data
+import evaluate
+import grid
+import model as models
+import train
+
+SHARED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "shared")
+needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason="the folder ../shared with real videos and weights is not here")
+TINY = dict(backbone="tiny", pretrained="here", num_classes=8, num_frames=16, spatial_frames=4, bottleneck=16)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def random_video(batch=2, frames=16, size=64):
+    return torch.randint(0, 256, (batch, frames, 3, size, size), dtype=torch.uint8)
+
+
+def vit_folder(folder, quick_gelu=False, **vision):
+    """An open_clip folder without weights: the backbone local-dir:FOLDER for --pretrained none."""
+    vision = dict(dict(image_size=32, layers=2, width=48, head_width=16, patch_size=8), **vision)
+    config = dict(embed_dim=24, quick_gelu=quick_gelu, vision_cfg=vision, text_cfg=models.NO_TEXT)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "open_clip_config.json"), "w") as file:
+        json.dump(dict(model_cfg=config, preprocess_cfg=dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])), file)
+    return f"local-dir:{folder}"
+
+
+def randomise(module):
+    """At the start W_up and the biases are zero, which would hide most mistakes."""
+    for p in module.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    return module
+
+
+# ---------------------------------------------------------------- grid.py
+
+def test_every_pixel_of_a_frameset_comes_from_the_right_frame():
+    rows, cols, h, w = 2, 4, 5, 3
+    video = torch.arange(2 * 16).view(2, 16, 1, 1, 1).expand(2, 16, 3, rows * h, cols * w).float()
+    sets = grid.frameset(video, rows, cols)
+    assert sets.shape == (2, 2, 3, rows * h, cols * w)
+    for b in range(2):
+        for n in range(2):
+            for y in range(rows * h):
+                for x in range(cols * w):
+                    t = 8 * n + y // h * cols + x // w
+                    assert (sets[b, n, :, y, x] - (16 * b + t)).abs().max() < 1e-4
+
+
+def test_frames_keep_their_upright_picture_in_the_frameset():
+    frame = torch.zeros(1, 4, 1, 8, 8)
+    frame[:, 2, :, :4, :] = 1  # the third frame's upper half
+    small = grid.frameset(frame, 2, 2)[0, 0, 0]
+    assert small[4:, :4][:2].mean() > 0.8 and small[4:, :4][2:].mean() < 0.2
+    assert small[:4].abs().max() == 0 and small[4:, 4:].abs().max() == 0
+
+
+def test_shrinking_is_antialiased():
+    stripes = (torch.arange(64) // 2 % 2 * 100.0).expand(1, 16, 3, 64, 64)
+    inner = grid.frameset(stripes)[..., 2:14]
+    assert (inner - 50).abs().max() < 1
+
+
+def test_framesets_keep_uint8():
+    assert grid.frameset(random_video()).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("shape, numbers", [((1, 20, 3, 64, 64), ("20", "16", "32")), ((1, 16, 3, 62, 64), ("62", "60", "64")),
+                                            ((1, 16, 3, 64, 66), ("66", "64", "68")), ((1, 0, 3, 64, 64), ("0", "16"))])
+def test_what_does_not_divide_is_refused_with_the_nearest_that_does(shape, numbers):
+    with pytest.raises(ValueError) as error:
+        grid.frameset(torch.zeros(shape))
+    assert all(number in str(error.value) for number in numbers)
+
+
+@pytest.mark.parametrize("rows, cols, height, width, patch, dim", [(4, 4, 56, 56, 8, 64), (2, 3, 28, 42, 7, 20), (2, 2, 32, 32, 8, 48)])
+def test_position_code_is_the_mean_over_pixels_of_the_pixels_codes(rows, cols, height, width, patch, dim):
+    def code(position, d):
+        angles = [position / 10000 ** (k / (d // 2)) for k in range(d // 2)]
+        return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+
+    d_yx = 2 * (dim // 6)
+    sets = 2
+    want = np.zeros((sets, height // patch, width // patch, dim))
+    for n in range(sets):
+        for py in range(height):
+            for px in range(width):
+                row, y = divmod(py, height // rows)
+                col, x = divmod(px, width // cols)
+                t = n * rows * cols + row * cols + col
+                pixel = (code((y + 0.5) / patch - 0.5, d_yx) + code((x + 0.5) / patch - 0.5, d_yx) + code(t, dim - 2 * d_yx))
+                want[n, py // patch, px // patch] += np.array(pixel) / patch**2
+    got = grid.position_code(sets, height, width, patch, dim, rows, cols)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), want.reshape(sets, -1, dim), atol=1e-6)
+
+
+def test_grid_as_a_script(tmp_path, capsys):
+    clip, picture = str(tmp_path / "a:b.mp4"), str(tmp_path / "grid.png")
+    data.write_video(clip, data.draw_moving(1, "left", "vertical"))
+    grid.main([clip, picture])
+    assert os.path.getsize(picture) > 0 and "64x64" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="cannot read .*test_all"):
+        grid.main([__file__, picture])
+
+
+# ---------------------------------------------------------------- adapters.py
+
+def test_adapter_is_its_equation_and_starts_as_nothing():
+    A = adapters.Adapter(12, 5).double().eval()
+    x = torch.randn(3, 7, 12, dtype=torch.float64)
+    assert (A(x) == 0).all() and A.down.weight.abs().max() > 0
+    randomise(A)
+    hidden = x @ A.down.weight.T + A.down.bias
+    gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    torch.testing.assert_close(A(x), gelu @ A.up.weight.T + A.up.bias)
+    assert A.train()(x).ne(A(x)).any()  # dropout
+
+
+def naive_MHA(block, x, heads):
+    """Attention from its definition, for the weights of an open_clip block of either kind."""
+    a = block.attn
+    q, k, v = (x @ a.in_proj_weight.T + a.in_proj_bias).chunk(3, -1)
+    split = lambda t: t.unflatten(-1, (heads, -1)).transpose(1, 2)
+    scores = split(q) @ split(k).transpose(-1, -2) / (x.shape[-1] // heads) ** 0.5
+    h = (scores.softmax(-1) @ split(v)).transpose(1, 2).flatten(2) @ a.out_proj.weight.T + a.out_proj.bias
+    h = getattr(block, "ln_attn", torch.nn.Identity())(h)
+    return h * getattr(block.ls_1, "gamma", 1)
+
+
+def naive_MLP(block, x):
+    hidden = F.gelu(x @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias)
+    return (hidden @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias) * getattr(block.ls_2, "gamma", 1)
+
+
+def frozen_block(kind):
+    from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
+    if kind == "custom":
+        return randomise(CustomResidualAttentionBlock(24, 3, ls_init_value=0.5, scale_attn=True)).double().requires_grad_(False)
+    return randomise(ResidualAttentionBlock(24, 3, ls_init_value=0.5 if kind == "layer scale" else None)).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["plain", "layer scale", "custom"])
+@pytest.mark.parametrize("pre", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_block_is_the_papers_equations(kind, pre, skip):
+    block = frozen_block(kind)
+    adapted = randomise(adapters.DualPathBlock(24, 8, pre_attention_adapter=pre, serial_skip=skip)).double().eval()
+    x, z = torch.randn(6, 5, 24, dtype=torch.float64), torch.randn(2, 5, 24, dtype=torch.float64)
+    got_x, got_z = adapted(block, x, z)
+    A = adapted
+
+    u = block.ln_1(x)
+    x = x + naive_MHA(block, u, 3) + A.A_s1(u)
+    u = block.ln_2(x)
+    x = x + naive_MLP(block, u) + A.A_s2(u)
+
+    v = block.ln_1(z)
+    h = naive_MHA(block, A.A_t0(v) if pre else v, 3)
+    z = z + A.A_t1(h) + (h if skip else 0)
+    h = naive_MLP(block, block.ln_2(z))
+    z = z + A.A_t2(h) + (h if skip else 0)
+    torch.testing.assert_close(got_x, x)
+    torch.testing.assert_close(got_z, z)
+
+
+def test_new_block_is_the_image_models_on_one_path_and_the_identity_on_the_other():
+    block = frozen_block("plain")
+    x, z = torch.randn(4, 5, 24, dtype=torch.float64), torch.randn(2, 5, 24, dtype=torch.float64)
+    new_x, new_z = adapters.DualPathBlock(24, 8).double()(block, x, z)
+    torch.testing.assert_close(new_x, block(x))
+    assert torch.equal(new_z, z)
+    _, new_z = adapters.DualPathBlock(24, 8, serial_skip=True).double()(block, x, z)
+    torch.testing.assert_close(new_z, block(z))
+
+
+@pytest.mark.parametrize("paths", ["spatial", "temporal"])
+def test_block_of_one_path_is_that_path_of_both(paths):
+    block = frozen_block("plain")
+    both = randomise(adapters.DualPathBlock(24, 8)).double().eval()
+    one = adapters.DualPathBlock(24, 8, paths=paths).double().eval()
+    one.load_state_dict({k: v for k, v in both.state_dict().items() if k in one.state_dict()})
+    assert 0 < len(list(one.parameters())) == len(list(both.parameters())) // 2
+    x, z = torch.randn(4, 5, 24, dtype=torch.float64), torch.randn(2, 5, 24, dtype=torch.float64)
+    want = both(block, x, z)
+    got = one(block, x if paths == "spatial" else x[:0], z if paths == "temporal" else z[:0])
+    for g, w in zip(got, want):
+        assert len(g) == 0 or torch.allclose(g, w)
+    assert sorted(map(len, got)) == sorted([0, 4 if paths == "spatial" else 2])
+
+
+# ---------------------------------------------------------------- model.py: the video models
+
+@pytest.mark.parametrize("backbone", ["tiny", "random", "no ln_pre, layer scale"])
+def test_spatial_feature_starts_as_open_clips_own(backbone, tmp_path):
+    options = dict(TINY)
+    if backbone != "tiny":
+        vision = dict(no_ln_pre=True, ls_init_value=0.3) if "," in backbone else {}
+        options.update(backbone=vit_folder(tmp_path, quick_gelu=True, **vision), pretrained=None)
+    model = models.build_model(**options)  # in train mode: the adapters' dropout is on, the image model's is not
+    video = random_video(size=model.visual.image_size[0])
+    y_sp, y_tp = model.features(video)
+
+    clip = models.create_clip(models.BACKBONES.get(options["backbone"], options["backbone"]))
+    clip.visual.load_state_dict(model.visual.state_dict())
+    images = video[:, [0, 4, 8, 12]].flatten(0, 1) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip.visual.image_mean, clip.visual.image_std))
+    want = clip.eval().encode_image((images - mean) / std).view(2, 4, -1).mean(1)
+    assert y_sp.shape == y_tp.shape == want.shape
+    assert ((y_sp - want).norm() / want.norm()).item() <= 1e-5
+
+
+def test_temporal_path_starts_with_the_framesets_tokens_and_positions():
+    model = models.build_model(**TINY, position_scale=0.3)
+    video = random_video()
+    v = model.visual
+    images = (grid.frameset(video.float())[:, 0] / 255 - 0.5) / 0.5
+    patches = F.conv2d(images, v.conv1.weight, stride=8).flatten(2).transpose(1, 2)
+    code = 0.3 * grid.position_code(1, 64, 64, 8, 128)[0]
+    cls = (v.class_embedding + v.positional_embedding[0]).expand(2, 1, -1)
+    z = v.ln_pre(torch.cat([cls, patches + code], 1))
+    want = v.ln_post(z[:, 0]) @ v.proj  # the blocks are the identity
+    torch.testing.assert_close(model.features(video)[1], want, rtol=1e-4, atol=1e-5)
+    assert not any("temporal_position" in k for k in model.state_dict())
+
+
+def test_framesets_positions_differ_and_each_is_used(tmp_path):
+    options = dict(TINY, backbone=vit_folder(tmp_path), pretrained=None, num_frames=32)
+    model = randomise(models.build_model(**options)).eval()
+    video = random_video(1, 16, 32)
+    forward, backward = torch.cat([video, 255 - video], 1), torch.cat([255 - video, video], 1)
+    assert model.temporal_position.shape[0] == 2
+    assert not torch.allclose(model.features(forward)[1], model.features(backward)[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(pre_attention_adapter=True), dict(serial_skip=True), dict(paths="spatial"),
+                                     dict(paths="temporal"), dict(method="linear"), dict(method="full")])
+def test_gradients_reach_what_is_trained_and_nothing_else(options):
+    model = randomise(models.build_model(**TINY, **options))
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    F.cross_entropy(model(random_video(4)), torch.arange(4)).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None and p.grad.abs().max() > 0) if p.requires_grad else p.grad is None, name
+    tuned = {n for n, p in model.named_parameters() if p.requires_grad}
+    own = {n for n in tuned if n.startswith("visual.")}
+    paths = options.get("paths", "both")
+    if options.get("method") == "linear":
+        assert tuned == {"head.weight", "head.bias"}
+    elif options.get("method") != "full":
+        assert own == (set() if paths == "temporal" else {"visual.class_embedding", "visual.positional_embedding"})
+        assert ("temporal_class_embedding" in tuned) == (paths != "spatial")
+        assert any(".A_t" in n for n in tuned) == (paths != "spatial") and any(".A_s" in n for n in tuned) == (paths != "temporal")
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+def test_paths_and_clips_do_not_leak_into_each_other():
+    model = randomise(models.build_model(**TINY)).eval()
+    video = random_video(3)
+    y_sp, y_tp = model.features(video)
+    unseen = video.clone()
+    unseen[1, 1::4] = 255 - unseen[1, 1::4]  # the spatial path of clip 1 does not see these frames
+    new_sp, new_tp = model.features(unseen)
+    same = lambda a, b: torch.allclose(a, b, atol=1e-5)
+    assert same(new_sp, y_sp) and not same(new_tp[1], y_tp[1])
+    assert same(new_tp[[0, 2]], y_tp[[0, 2]])
+    fine = video.clone()
+    for t in (0, 4, 8, 12):  # constant frames shrink to the same constant; add stripes that vanish when shrunk
+        fine[:, t] = 100
+    striped = fine.clone()
+    striped[:, 0:16:4] = (60 + torch.arange(64) // 2 % 2 * 80).to(torch.uint8)
+    a, b = model.features(fine), model.features(striped)
+    assert not same(a[0], b[0]) and (a[1] - b[1]).norm() < 0.2 * (a[0] - b[0]).norm()
+
+
+def test_shuffled_frames_change_dualpath_and_leave_the_frame_methods():
+    video, order = random_video(2, 4), [2, 0, 3, 1]
+    for method in ("linear", "full"):
+        model = randomise(models.build_model(**dict(TINY, num_frames=4, method=method))).eval()
+        torch.testing.assert_close(model(video), model(video[:, order]), atol=1e-5, rtol=1e-5)
+    model = randomise(models.build_model(**TINY)).eval()
+    video = random_video(2, 16)
+    assert not torch.allclose(model(video), model(video[:, torch.randperm(16)]), atol=1e-3)
+
+
+def test_a_still_is_a_clip_of_one_frame():
+    model = models.build_model(**dict(TINY, method="full", num_frames=1, spatial_frames=1))
+    assert model(random_video(2, 1)).shape == (2, 8)
+
+
+def test_the_image_models_own_dropout_stays_off(tmp_path):
+    options = dict(TINY, backbone=vit_folder(tmp_path, patch_dropout=0.5), pretrained=None, dropout=0.0)
+    model = models.build_model(**options).train()
+    video = random_video(size=32)
+    assert model.training and torch.equal(model(video), model(video))
+
+
+@pytest.mark.parametrize("backbone, classes, pre, tuned", [
+    ("ViT-B-16-quickgelu", 400, False, 10.36), ("ViT-L-14-quickgelu", 400, False, 27.03),
+    ("ViT-B-16-quickgelu", 174, True, 12.62), ("ViT-L-14-quickgelu", 174, True, 33.17)])
+def test_tuned_parameters_are_the_papers(backbone, classes, pre, tuned):
+    with torch.device("meta"):
+        model = models.build_model(backbone=backbone, pretrained=None, num_classes=classes, pre_attention_adapter=pre)
+    assert round(models.count_parameters(model)[0] / 1e6, 2) == tuned
+
+
+@pytest.mark.parametrize("frames, gmacs", [(16, 166), (32, 185), (48, 203)])
+def test_multiply_accumulates_grow_by_one_image_per_16_frames(frames, gmacs):
+    with torch.device("meta"):
+        model = models.build_model(pretrained=None, num_frames=frames)
+        assert models.count_gmacs(model) == pytest.approx(gmacs, rel=0.01)
+
+
+def test_the_reports(capsys):
+    models.main(["--backbone", "tiny", "--frames", "16"])
+    assert "dualpath" in capsys.readouterr().out
+    adapters.main()
+    assert "9.48 M" in capsys.readouterr().out
+
+
+def test_wrong_video_is_refused():
+    model = models.build_model(**TINY)
+    for video in (random_video(frames=32), random_video(size=32), random_video().float(), random_video()[0]):
+        with pytest.raises(ValueError, match="16, 3, 64, 64"):
+            model(video)
+
+
+def test_another_image_size_interpolates_the_position_embedding():
+    model = models.build_model(**TINY, image_size=96)
+    assert model.visual.positional_embedding.shape[0] == 1 + 12 * 12
+    assert model(random_video(size=96)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(num_frames=20), "20.*16 or 32"), (dict(spatial_frames=3), "16.*3.*15 or 18"), (dict(image_size=72, num_frames=20, rows=5), "72.*5.*70 or 75"),
+    (dict(method="magic"), "magic"), (dict(method="linear", paths="spatial"), "spatial")])
+def test_wrong_options_get_a_sentence(options, words):
+    with pytest.raises(models.ModelError, match=words):
+        models.build_model(**{**TINY, **options})
+
+
+# ---------------------------------------------------------------- model.py: the image model's weights
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("this must be refused before anything is built or downloaded")
+    monkeypatch.setattr(open_clip, "create_model", refuse)
+
+
+@pytest.mark.parametrize("backbone, tag, words", [
+    ("ViT-B-16", "openai", "QuickGELU.*ViT-B-16-quickgelu"), ("ViT-L-14", "dfn2b", "ViT-L-14-quickgelu"),
+    ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", "with GELU.*--backbone ViT-B-16$"), ("ViT-B-16", "nonsense", "nonsense.*openai"),
+    ("ViT-B-61", "openai", "ViT-B-16"), ("RN50", "openai", "class token"), ("ViT-B-16-SigLIP", "webli", "class token"),
+    ("coca_ViT-B-32", "laion2b_s13b_b90k", "class token"), ("local-dir:/no/where", "openai", "/no/where")])
+def test_weights_and_backbones_that_do_not_belong_together_are_refused_at_once(backbone, tag, words, offline):
+    with pytest.raises(models.ModelError, match=words):
+        models.build_model(backbone=backbone, pretrained=tag)
+
+
+def test_without_a_network_the_sentence_says_what_to_do(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("Name or service not known\nand forty more lines")
+    monkeypatch.setattr(open_clip, "create_model", no_network)
+    with pytest.raises(models.ModelError, match="not known; without a network.*--pretrained PATH") as error:
+        models.build_model(pretrained="openai")
+    assert "forty" not in str(error.value)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(models.ModelError, match="could not be loaded"):
+        models.build_model(backbone=vit_folder(tmp_path), pretrained="openai")
+
+
+@pytest.fixture(scope="module")
+def builtin(tmp_path_factory):
+    """A small model under a name that open_clip knows, so that --pretrained PATH can be tried."""
+    folder = tmp_path_factory.mktemp("config")
+    vision = dict(image_size=32, layers=2, width=48, head_width=16, patch_size=8)
+    with open(folder / "small-vit.json", "w") as file:
+        json.dump(dict(embed_dim=24, vision_cfg=vision, text_cfg=models.NO_TEXT), file)
+    open_clip.add_model_config(folder / "small-vit.json")
+    return "small-vit"
+
+
+class Holder(torch.nn.Module):
+    """A module with the state of a CLIP, to be scripted as OpenAI's archives are."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.visual, self.logit_scale = torch.nn.Module(), clip.logit_scale
+        for name, p in clip.visual.named_parameters():
+            *path, last = name.split(".")
+            module = self.visual
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, torch.nn.Module())
+                module = getattr(module, part)
+            module.register_parameter(last, torch.nn.Parameter(p.detach().half()))
+        self.register_buffer("input_resolution", torch.tensor(32))
+
+    def forward(self):
+        return self.logit_scale
+
+
+@pytest.mark.parametrize("kind", ["clip.pt", "tower.bin", "training.pt", "clip.safetensors", "torchscript.pt"])
+def test_weights_come_from_local_files(kind, builtin, tmp_path, capsys):
+    clip = models.create_clip(builtin)
+    path, whole, tower = str(tmp_path / kind), clip.state_dict(), clip.visual.state_dict()
+    if kind == "clip.safetensors":
+        safetensors.torch.save_file(whole, path)
+    elif kind == "torchscript.pt":
+        torch.jit.script(Holder(clip)).save(path)
+        tower = {k: v.half().float() for k, v in tower.items()}
+    else:
+        torch.save({"clip.pt": whole, "tower.bin": tower,
+                    "training.pt": dict(epoch=3, state_dict={f"module.{k}": v for k, v in whole.items()})}[kind], path)
+    model = models.build_model(**dict(TINY, backbone=builtin, pretrained=path))
+    assert all(torch.equal(v, tower[k]) for k, v in model.visual.state_dict().items())
+    assert "uses GELU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda s: s.pop("proj"), "proj is missing"), (lambda s: s.update(extra=torch.zeros(1)), "extra is too many"),
+    (lambda s: s.update(proj=torch.zeros(48, 25)), r"proj has shape \(48, 25\), not \(48, 24\)")])
+def test_files_that_do_not_fit_are_refused(spoil, words, builtin, tmp_path):
+    state = models.create_clip(builtin).visual.state_dict()
+    spoil(state)
+    torch.save(state, tmp_path / "tower.pt")
+    with pytest.raises(models.ModelError, match=words):
+        models.build_model(**dict(TINY, backbone=builtin, pretrained=str(tmp_path / "tower.pt")))
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.bin"])
+def test_a_file_that_holds_no_weights_is_refused(name, builtin, tmp_path):
+    (tmp_path / name).write_text("not weights")
+    with pytest.raises(models.ModelError, match="cannot read weights"):
+        models.build_model(**dict(TINY, backbone=builtin, pretrained=str(tmp_path / name)))
+
+
+@needs_shared
+def test_real_pretrained_weights_load():
+    model = models.build_model(backbone=f"local-dir:{SHARED}/weights/vit_tiny_in21k", num_frames=16)
+    assert models.count_parameters(model)[1] > 5e6 and model.visual.image_size == (224, 224)
+
+
+# ---------------------------------------------------------------- model.py: checkpoints
+
+def save(model, path, **run):
+    models.save_checkpoint(str(path), model, dict(classes=["a", "b"], **run))
+    return str(path)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(method="linear"), dict(method="full"), dict(paths="temporal"), dict(pretrained=None)])
+def test_checkpoint_round_trip_gives_identical_logits(options, tmp_path):
+    model = randomise(models.build_model(**{**TINY, **options})).eval()
+    path = save(model, tmp_path / "a.pt", views=(3, 1))
+    again, content = models.load_checkpoint(path)
+    video = random_video()
+    assert torch.equal(model(video), again(video)) and not again.training
+    assert content["run"] == dict(classes=["a", "b"], views=(3, 1)) and again.config == {**content["model"], "pretrained": again.config["pretrained"]}
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert (set(frozen) <= set(content["weights"])) == (options.get("pretrained", "") is None or not frozen)
+    assert not os.path.exists(path + ".tmp")
+
+
+def test_a_kinetics_checkpoint_is_small(tmp_path):
+    model = models.build_model(pretrained=None)
+    model.config["pretrained"] = "openai"  # as it would be, with weights that need not be saved
+    assert os.path.getsize(save(model, tmp_path / "a.pt")) <= 45e6
+
+
+def test_other_frozen_weights_are_refused(tmp_path):
+    path = save(models.build_model(**TINY), tmp_path / "a.pt")
+    other = tmp_path / "other"
+    shutil.copytree(models.TINY, other)
+    assert models.load_checkpoint(path, backbone=f"local-dir:{other}")
+    state = safetensors.torch.load_file(other / "open_clip_model.safetensors")
+    state["visual.proj"][3, 5] += 1e-3
+    safetensors.torch.save_file(state, other / "open_clip_model.safetensors")
+    with pytest.raises(models.ModelError, match="other frozen weights"):
+        models.load_checkpoint(path, backbone=f"local-dir:{other}")
+
+
+def test_one_flipped_bit_is_refused(tmp_path):
+    path = save(models.build_model(**dict(TINY, method="linear")), tmp_path / "a.pt")
+    whole = open(path, "rb").read()
+    for place in [0, 40, *np.random.default_rng(0).integers(0, len(whole), 20), len(whole) - 1]:
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1
+        open(path, "wb").write(spoilt)
+        with pytest.raises(models.ModelError, match="damaged"):
+            models.load_checkpoint(path)
+    for length in (0, 10, 100, len(whole) // 2, len(whole) - 1):
+        open(path, "wb").write(whole[:length])
+        with pytest.raises(models.ModelError, match="damaged"):
+            models.load_checkpoint(path)
+    with pytest.raises(models.ModelError, match="no checkpoint"):
+        models.load_checkpoint(str(tmp_path / "b.pt"))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (Evil.folder,)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    import hashlib
+    Evil.folder = str(tmp_path / "hacked")
+    path = str(tmp_path / "a.pt")
+    torch.save(dict(format=1, model=Evil()), path)
+    body = open(path, "rb").read()
+    open(path, "ab").write(models.MARK + hashlib.sha256(body).hexdigest().encode())
+    with pytest.raises(models.ModelError, match="refused"):
+        models.load_checkpoint(path)
+    assert not os.path.exists(Evil.folder)
+    pickle.loads(pickle.dumps(Evil()))  # it would have run
+    assert os.path.exists(Evil.folder)
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    model = models.build_model(**dict(TINY, method="linear"))
+    path = save(model, tmp_path / "a.pt")
+    before = open(path, "rb").read()
+
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError):
+        save(randomise(model), path)
+    assert open(path, "rb").read() == before
+
+
+def test_export_gives_an_ordinary_open_clip_folder(tmp_path):
+    model = randomise(models.build_model(**dict(TINY, method="full")))
+    folder = str(tmp_path / "out")
+    models.main(["--export", save(model, tmp_path / "a.pt"), folder])
+    clip = open_clip.create_model_and_transforms(f"local-dir:{folder}")[0]
+    assert all(torch.equal(v, clip.visual.state_dict()[k]) for k, v in model.visual.state_dict().items())
+    assert tuple(clip.visual.image_mean) == (0.5, 0.5, 0.5) and os.path.getsize(f"{folder}/open_clip_model.safetensors") < 6e6
+
+
+# ---------------------------------------------------------------- data.py
+
+def numbered_frames(number, height=48, width=64):
+    """Frames whose number can be read back from their brightness, in 8 blocks for 8 bits."""
+    bits = (np.arange(number)[:, None] >> np.arange(8)) & 1
+    blocks = np.repeat(bits * 200 + 20, width // 8, axis=1)
+    return np.broadcast_to(blocks[:, None, :, None], (number, height, width, 3)).astype(np.uint8)
+
+
+def read_numbers(frames):
+    middle = frames.mean(axis=(1, 3)).reshape(len(frames), 8, -1).mean(-1)
+    return ((middle > 120) << np.arange(8)).sum(1).tolist()
+
+
+def test_frames_are_the_ones_asked_for(tmp_path):
+    path = str(tmp_path / "a #1: [x].mp4")
+    data.write_video(path, numbered_frames(100))
+    assert data.count_frames(path) == 100
+    wanted = [99, 0, 7, 7, 50, 3]
+    frames = data.read_frames(path, wanted)
+    assert frames.shape == (6, 48, 64, 3) and frames.dtype == np.uint8 and read_numbers(frames) == wanted
+    assert read_numbers(data.read_frames(path, lambda n: [n - 1, n // 2])) == [99, 50]
+    for bad in (-1, 100):
+        with pytest.raises(data.VideoError, match=f"100 frames, so no frame {bad}"):
+            data.read_frames(path, [0, bad])
+
+
+def test_what_is_no_video_is_one_kind_of_error(tmp_path):
+    path = str(tmp_path / "a.mp4")
+    data.write_video(path, numbered_frames(30))
+    whole = open(path, "rb").read()
+    sound = str(tmp_path / "sound.wav")
+    with data.av.open(sound, "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = data.av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+    for name, content in (("empty.mp4", b""), ("text.mp4", b"hello"), ("cut.mp4", whole[:200])):
+        (tmp_path / name).write_bytes(content)
+    for name in ("empty.mp4", "text.mp4", "cut.mp4", "sound.wav", "absent.mp4", "."):
+        with pytest.raises(data.VideoError, match=name):
+            data.read_frames(str(tmp_path / name), [0])
+        with pytest.raises(data.VideoError):
+            data.count_frames(str(tmp_path / name))
+
+
+@needs_shared
+def test_real_clips_are_counted_and_read():
+    for name, number in (("k400_demo.mp4", 300), ("k400_clip2.mp4", 280)):
+        path = f"{SHARED}/videos/{name}"
+        assert data.count_frames(path) in (280, 300)
+        assert data.read_frames(path, lambda n: [0, n - 1]).shape == (2, 256, 340, 3)
+
+
+def test_dense_clips_cover_the_video_and_repeat_the_last_frame():
+    frames = lambda n, position, T=4, stride=2: data.clip_frames(n, T, "dense", stride, position).tolist()
+    assert frames(10, 0) == [0, 2, 4, 6] and frames(10, 1) == [3, 5, 7, 9]
+    assert frames(7, 0.9) == [0, 2, 4, 6]
+    assert frames(3, 0.5) == [0, 2, 2, 2] and frames(1, 0.5) == [0, 0, 0, 0]
+    starts = [frames(100, c / 2)[0] for c in range(3)]
+    assert starts == [0, 46, 93]
+
+
+def test_uniform_clips_take_one_frame_of_each_segment():
+    frames = lambda n, position, T=4: data.clip_frames(n, T, "uniform", 1, position).tolist()
+    assert frames(40, 0.5) == [5, 15, 25, 35]
+    assert [frames(120, (c + 0.5) / 3)[:2] for c in range(3)] == [[5, 35], [15, 45], [25, 55]]
+    assert frames(40, np.array([0, 0.99, 0, 1.0])) == [0, 19, 20, 39]
+    assert frames(4, 0.999) == [0, 1, 2, 3] and frames(2, 0.5) == [0, 1, 1, 1]
+
+
+def test_twins_show_the_same_sampled_frames_in_opposite_order():
+    for seed in range(20):
+        for one, other in (("left", "right"), ("up", "down")):
+            a, b = (data.draw_moving([5, seed], motion, "vertical") for motion in (one, other))
+            a, b = a[list(data.SAMPLED)], b[list(data.SAMPLED)]
+            assert np.array_equal(a, b[::-1]) and not np.array_equal(a, b)
+
+
+def test_motion_covers_half_the_frame_in_the_direction_of_its_name():
+    for motion, (dy, dx) in data.MOTIONS.items():
+        for seed in range(10):
+            background = data.Scene(np.random.default_rng(seed)).background
+            clip = data.draw_moving(seed, motion, "vertical")
+            centres = []
+            for t in (6, 7):
+                y, x = np.nonzero(abs(clip[t].mean(-1) - background.mean(-1)) > 5)
+                centres.append((y.mean(), x.mean()))
+            step = np.subtract(centres[1], centres[0])
+            assert step @ (dy, dx) * 15 >= 0.45 * data.SIZE and abs(step @ (dx, dy)) < 0.5
+
+
+def test_texture_is_seen_at_full_size_and_vanishes_in_the_frameset(tmp_path):
+    for seed in range(10):
+        clips = []
+        for texture in data.TEXTURES:
+            clip = data.draw_moving([6, seed], "left", texture)
+            data.write_video(str(tmp_path / "a.mp4"), clip)
+            clips.append(torch.from_numpy(data.read_frames(str(tmp_path / "a.mp4"), range(16))).permute(0, 3, 1, 2).float())
+        background = data.Scene(np.random.default_rng([6, seed])).background.mean(-1)
+        thing = torch.from_numpy(abs(clip.mean(-1) - background) > 5).float()[:, None].expand(-1, 3, -1, -1)
+        distance = lambda a, b, where: ((a - b).abs() * where).sum() / where.sum()
+        inside = (grid.frameset(thing[None]) > 0.5).float()
+        assert distance(*clips, thing) >= 30
+        assert distance(*(grid.frameset(c[None]) for c in clips), inside) <= 4
+
+
+def test_drawing_is_deterministic_and_whole_or_absent(tmp_path):
+    for name in "ab":
+        data.draw_once(str(tmp_path / name), "train", 16, data.draw_moving, data.MOVING_CLASSES)
+    files = sorted(os.path.relpath(os.path.join(d, f), tmp_path / "a") for d, _, fs in os.walk(tmp_path / "a") for f in fs)
+    assert len(files) == 16
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+    def broken(*args):
+        raise RuntimeError("stopped midway")
+    with pytest.raises(Exception):
+        data.draw_once(str(tmp_path / "c"), "train", 16, broken, data.MOVING_CLASSES)
+    assert not (tmp_path / "c" / "train").exists()
+
+
+def test_stills_show_their_class():
+    for cell in range(9):
+        picture = data.draw_still([1, cell], "sheet", cell)[0].astype(float)
+        tiles = picture.reshape(4, 16, 4, 16, 3).mean((0, 2, 4))
+        assert data.draw_still([1, cell], "sheet", cell).shape == (1, 64, 64, 3) and tiles.std() > 1
+    for texture, axis in (("horizontal", 0), ("vertical", 1)):
+        picture = data.draw_still([2, 0], texture, 5)[0].mean(-1)
+        assert abs(np.diff(picture, axis=axis)).max() > 40 > abs(np.diff(picture, axis=1 - axis)[24:40, 24:40]).min()
+
+
+def micro_set(root, train=16, val=8):
+    """A demo of a few videos, by the demo's own code."""
+    for split, number in (("train", train), ("val", val)):
+        data.draw_once(str(root), split, number, data.draw_moving, data.MOVING_CLASSES)
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory):
+    return micro_set(tmp_path_factory.mktemp("micro") / "data")
+
+
+def test_folders_and_their_mistakes(micro, tmp_path):
+    videos = data.find_videos("folder", micro)
+    assert (len(videos.train), len(videos.val), len(videos.classes)) == (16, 8, 8)
+    assert all(videos.classes[label] == os.path.basename(os.path.dirname(path)) for path, label in videos.train)
+    root = tmp_path / "x"
+    find = lambda: data.find_videos("folder", str(root))
+    for make, words in ((lambda: None, "x is not there"), (root.mkdir, "train is not there"),
+                        (lambda: (root / "train/a").mkdir(parents=True), "1 folders"),
+                        (lambda: (root / "train/b").mkdir(), "val is not there"),
+                        (lambda: (root / "val/c").mkdir(parents=True), "class 'c'"),
+                        (lambda: (root / "val/c").rmdir(), "train/a has no video")):
+        make()
+        with pytest.raises(data.DataError, match=words):
+            find()
+
+
+def test_lists_and_their_mistakes(tmp_path):
+    for name in ("a.mp4", "b c.mp4", "d,e.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "val.txt").write_text("a.mp4,1\n")
+    train = tmp_path / "train.txt"
+    train.write_text('a.mp4 0\n"b c.mp4" 1\n\n"b c.mp4",0\n"d,e.mp4",1\n')
+    videos = data.find_videos("list", str(tmp_path))
+    assert [(os.path.basename(p), label) for p, label in videos.train] == [("a.mp4", 0), ("b c.mp4", 1), ("b c.mp4", 0), ("d,e.mp4", 1)]
+    assert videos.classes == ["0", "1"] and videos.val == [(str(tmp_path / "a.mp4"), 1)]
+    (tmp_path / "classes.txt").write_text("walk\nrun\n")
+    assert data.find_videos("list", str(tmp_path)).classes == ["walk", "run"]
+    for text, words in (("a.mp4\n", "line 1"), ("a.mp4 0\na.mp4 x\n", "line 2"), ("a.mp4 0\na.mp4 7\n", "label 7"), ("", "no video"),
+                        ("a.mp4 0\nz.mp4 1\n", "1 of 3 videos are not there.*z.mp4"), ("a.mp4 1\n", "class 0 has none")):
+        train.write_text(text)
+        with pytest.raises(data.DataError, match=words):
+            data.find_videos("list", str(tmp_path))
+
+
+def test_a_training_clip_depends_on_seed_epoch_and_index_alone(micro):
+    videos = data.find_videos("folder", micro).train
+    make = lambda seed=0: data.Clips(videos, 8, 48, "uniform", seed=seed, train=True)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one = make()[3, 5][0]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    clips = make()
+    clips[0, 1]
+    assert torch.equal(clips[3, 5][0], one) and one.shape == (8, 3, 48, 48) and one.dtype == torch.uint8
+    assert not torch.equal(clips[4, 5][0], one) and not torch.equal(make(seed=1)[3, 5][0], one)
+    loader = torch.utils.data.DataLoader(clips, batch_sampler=[[(3, 4), (3, 5)]], num_workers=1, collate_fn=data.collate)
+    batch, labels, failures = next(iter(loader))
+    assert torch.equal(batch[1], one) and labels.tolist() == [videos[4][1], videos[5][1]] and failures == []
+
+
+def test_translation_moves_whole_pixels_and_all_frames_alike():
+    transform = data.training_transform("translate", 64, flip=True)
+    clip = torch.arange(64 * 64).view(1, 1, 64, 64).expand(2, 3, -1, -1).contiguous()
+    shifts = set()
+    for _ in range(50):
+        out = transform(clip)
+        dy, dx = divmod(int(out[0, 0, 32, 32]), 64)
+        shifts.add((dy - 32, dx - 32))
+        assert torch.equal(out[0], out[1])
+        assert torch.equal(out[0, 0, 8:56, 8:56], clip[0, 0, dy - 24:dy + 24, dx - 24:dx + 24])
+    assert len(shifts) > 20 and max(abs(s) for shift in shifts for s in shift) == 4
+
+
+def test_crops_are_alike_in_all_frames_and_flip_can_be_switched_off():
+    picture = torch.arange(64.0).expand(64, 64).to(torch.uint8).expand(3, 3, -1, -1).contiguous()  # brighter to the right
+    for flip in (True, False):
+        transform = data.training_transform("crop", 32, flip)
+        outs = [transform(picture).float() for _ in range(30)]
+        rising = [bool(out[0, 0, 16, -1] > out[0, 0, 16, 0]) for out in outs]
+        assert all(torch.equal(out[0], out[2]) and out.shape == (3, 3, 32, 32) for out in outs)
+        assert len({out[0, 0, 16, 0].item() for out in outs}) > 5
+        assert (5 <= sum(rising) <= 25) if flip else all(rising)
+
+
+def test_views_are_start_centre_and_end(micro):
+    clip = torch.arange(128).view(1, 1, 1, 128).expand(2, 3, 64, 128).to(torch.uint8)
+    left, centre, right = data.test_crops(clip, 64, 3)
+    assert left[0, 0, 0, [0, -1]].tolist() == [0, 63] and centre[0, 0, 0, 0] == 32 and right[0, 0, 0, [0, -1]].tolist() == [64, 127]
+    tall = clip.transpose(2, 3)
+    assert data.test_crops(tall, 64, 1)[0][0, 0, [0, -1], 0].tolist() == [32, 95]
+    views, label, index, error = data.Clips(data.find_videos("folder", micro).val, 4, 32, stride=2, views=(2, 3))[1]
+    assert views.shape == (6, 4, 3, 32, 32) and (label, index, error) == (1, 1, None)
+
+
+def test_an_unreadable_video_is_replaced_in_training_and_reported_in_testing(micro, tmp_path):
+    bad = str(tmp_path / "bad.mp4")
+    open(bad, "w").close()
+    samples = [(bad, 0)] + data.find_videos("folder", micro).train
+    clip, label, failures = data.Clips(samples, 4, 32, train=True)[0, 0]
+    assert clip.shape == (4, 3, 32, 32) and len(failures) == 1 and bad in failures[0]
+    views, label, index, error = data.Clips(samples, 4, 32)[0]
+    assert views is None and bad in error
+    with pytest.raises(data.VideoError):
+        data.Clips([(bad, 0)], 4, 32, train=True)[0, 0]
+
+
+def test_global_batches_do_not_depend_on_the_number_of_processes():
+    whole = data.BatchOrder(22, 8, seed=3)
+    whole.epoch = 2
+    batches = list(whole)
+    assert len(batches) == len(whole) == 2 and len({i for batch in batches for _, i in batch}) == 16
+    parts = [data.BatchOrder(22, 8, 3, rank, 4) for rank in range(4)]
+    for part in parts:
+        part.epoch = 2
+    assert [sum(step, []) for step in zip(*parts)] == batches
+    whole.epoch = 3
+    assert list(whole) != batches
+
+
+def test_data_as_a_script(micro, capsys):
+    data.main(["--data", "folder", "--root", micro, "--size", "32", "--limit", "4"])
+    assert "16 training and 8 validation videos, 8 classes" in (out := capsys.readouterr().out) and "clips/s per worker" in out
+    with pytest.raises(SystemExit, match="/no/where is not there"):
+        data.main(["--data", "folder", "--root", "/no/where"])
+
+
+# ---------------------------------------------------------------- train.py and evaluate.py
+
+SMALL = ["--data", "folder", "--backbone", "tiny", "--frames", "16", "--spatial-frames", "4", "--bottleneck", "8", "--batch", "8",
+         "--workers", "0", "--epochs", "2", "--sampling", "dense", "--test-stride", "1", "--stride", "1", "--views", "1x1", "--warmup", "1"]
+
+
+def lines(out):
+    return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+
+
+def test_train_then_evaluate(micro, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    train.main(SMALL + ["--root", micro, "--out", out])
+    printed = capsys.readouterr().out
+    assert "0.001 x 8/256 = 3.125e-05" in printed and "16 training and 8 validation videos, 8 classes" in printed
+    log = lines(out)
+    assert [line["epoch"] for line in log] == [1, 2]
+    assert all(0 <= line["val_top1"] <= line["val_top5"] <= 1 and line["clips_per_second"] > 0 and line["seconds"] > 0 for line in log)
+    assert log[-1]["lr"] == pytest.approx(0) and 1.5 < log[0]["train_loss"] < 3
+    assert f"python evaluate.py {out}/best.pt" in printed
+
+    table = str(tmp_path / "table.csv")
+    assert evaluate.main([f"{out}/last.pt", "--workers", "0", "--predictions", table]) == 0
+    result = json.load(open(f"{out}/last.folder.json"))
+    assert (result["videos"], result["failed"]) == (8, 0) and result["top1"] == log[-1]["val_top1"]
+    rows = list(csv.DictReader(open(table)))
+    assert len(rows) == 8 and sum(r["class1"] == r["label"] for r in rows) / 8 == result["top1"]
+    assert all(float(r["score1"]) >= float(r["score5"]) > 0 for r in rows)
+
+    video = data.find_videos("folder", micro).val[0][0]
+    capsys.readouterr()
+    assert evaluate.main([f"{out}/last.pt", video]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("%") == 5 and rows[0]["class1"] in printed and video in printed
+    assert evaluate.main([f"{out}/last.pt", __file__]) == 1 and "cannot read" in capsys.readouterr().out
+
+
+def test_scores_are_averaged_over_views(micro):
+    model = randomise(models.build_model(**TINY)).eval()
+    videos = data.find_videos("folder", micro)
+    clips = data.Clips(videos.val, 16, 64, stride=1, views=(2, 3))
+    rows = evaluate.predict(model, clips, torch.device("cpu"), batch=3)
+    assert [row[0] for row in rows] == list(range(8))
+    with torch.no_grad():
+        want = model(clips[5][0]).softmax(-1).mean(0).topk(5)
+    assert rows[5][2] == want.indices.tolist() and rows[5][3] == pytest.approx(want.values.tolist(), rel=1e-4)
+
+
+def test_accuracy_counts_unreadable_videos_as_wrong():
+    rows = [(0, 1, [1, 2], [0.6, 0.4], None), (1, 2, [1, 2], [0.6, 0.4], None), (2, 0, [1, 2], [0.6, 0.4], None), (3, 1, [], [], "broken")]
+    assert evaluate.summarise(rows) == dict(videos=4, failed=1, top1=1 / 4, top5=2 / 4, top1_readable=1 / 3, top5_readable=2 / 3)
+
+
+def test_evaluation_reports_unreadable_videos(micro, tmp_path, capsys):
+    root, out = str(tmp_path / "data"), str(tmp_path / "run")
+    shutil.copytree(micro, root)
+    bad = data.find_videos("folder", root).val[2][0]
+    open(bad, "w").close()
+    train.main(SMALL + ["--root", root, "--out", out, "--epochs", "1"])
+    evaluate.main([f"{out}/last.pt", "--workers", "0"])
+    printed = capsys.readouterr().out
+    assert "1 videos could not be read and count as wrong" in printed and bad in printed
+    assert json.load(open(f"{out}/last.folder.json"))["unreadable"] == [bad]
+
+
+def test_broken_training_videos_are_logged_and_too_many_stop_the_run(micro, tmp_path):
+    root = micro_set(tmp_path / "data", train=24)
+    videos = data.find_videos("folder", root).train
+    open(videos[3][0], "w").close()
+    train.main(SMALL + ["--root", root, "--out", str(tmp_path / "run"), "--epochs", "1", "--batch", "24"])
+    assert lines(tmp_path / "run")[0]["failed"] == 1 and videos[3][0] in open(tmp_path / "run/failed.txt").read()
+    for path, _ in videos[:12]:
+        open(path, "w").close()
+    with pytest.raises(SystemExit, match="more than 5 %"):
+        train.main(SMALL + ["--root", root, "--out", str(tmp_path / "two"), "--epochs", "1"])
+
+
+def test_resumed_is_uninterrupted(micro, tmp_path, monkeypatch, capsys):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    train.main(SMALL + ["--root", micro, "--out", whole])
+    original, saves = models.save_checkpoint, []
+
+    def stop_in_the_second_epoch(path, *args):
+        saves.append(path)
+        if len(saves) > 2 and path.endswith("last.pt"):
+            raise KeyboardInterrupt
+        original(path, *args)
+    monkeypatch.setattr(models, "save_checkpoint", stop_in_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(SMALL + ["--root", micro, "--out", parts])
+    monkeypatch.setattr(models, "save_checkpoint", original)
+    assert len(lines(parts)) == 2 and models.read_checkpoint(f"{parts}/last.pt")["training"]["epoch"] == 1
+    train.main(SMALL + ["--root", micro, "--out", parts, "--resume"])
+    assert "resumed after epoch 1" in capsys.readouterr().out
+    timing = ("seconds", "clips_per_second")
+    plain = lambda out: [{k: v for k, v in line.items() if k not in timing} for line in lines(out)]
+    assert plain(whole) == plain(parts)
+    a, b = (models.read_checkpoint(f"{out}/last.pt") for out in (whole, parts))
+    assert all(torch.equal(v, b["weights"][k]) for k, v in a["weights"].items())
+    for one, other in zip(a["training"]["optimizer"]["state"].values(), b["training"]["optimizer"]["state"].values()):
+        assert all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+def test_a_run_is_not_overwritten_by_accident(micro, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    one = SMALL + ["--root", micro, "--out", out, "--epochs", "1"]
+    train.main(one + ["--resume"])
+    assert "the run starts afresh" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--resume continues it, --overwrite deletes it"):
+        train.main(one)
+    with pytest.raises(SystemExit, match=r"--bottleneck 4 \(was 8\)"):
+        train.main(one + ["--resume", "--bottleneck", "4"])
+    train.main(one + ["--overwrite"])
+    assert len(lines(out)) == 1
+
+
+def test_init_starts_from_another_runs_weights_with_a_new_head(micro, tmp_path):
+    out = str(tmp_path / "run")
+    model = randomise(models.build_model(**dict(TINY, num_classes=3, bottleneck=8)))
+    path = save(model, tmp_path / "a.pt")
+    train.main(SMALL + ["--root", micro, "--out", out, "--init", path, "--lr", "0", "--epochs", "1"])
+    weights = models.read_checkpoint(f"{out}/last.pt")["weights"]
+    assert all(torch.equal(v, weights[k]) for k, v in models.saved_weights(model).items() if not k.startswith("head."))
+    assert weights["head.2.weight"].shape[0] == 8
+    with pytest.raises(SystemExit, match="does not fit the model.*missing"):
+        train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "two"), "--init", path, "--pre-attention-adapter"])
+
+
+def test_micro_batches_give_the_same_step(micro, tmp_path):
+    weights = []
+    for name, options in (("a", []), ("b", ["--micro-batch", "3"])):
+        train.main(SMALL + ["--root", micro, "--out", str(tmp_path / name), "--dropout", "0", "--epochs", "1", *options])
+        weights.append(models.read_checkpoint(str(tmp_path / name / "last.pt")))
+    a, b = weights
+    for one, other in zip(a["training"]["optimizer"]["state"].values(), b["training"]["optimizer"]["state"].values()):
+        torch.testing.assert_close(one["exp_avg"], other["exp_avg"], rtol=1e-3, atol=1e-7)
+
+
+def test_no_weight_decay_on_biases_norms_tokens_and_positions():
+    for options in (dict(), dict(method="full")):
+        model = models.build_model(**{**TINY, **options})
+        decayed, spared = train.parameter_groups(model, 0.05)
+        assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
+        names = {id(p): n for n, p in model.named_parameters()}
+        spared = [names[id(p)] for p in spared["params"]]
+        assert all(n.endswith(("bias", "embedding")) or "ln_" in n for n in spared)
+        assert {"visual.class_embedding", "visual.positional_embedding"} <= set(spared)
+        assert len(spared) + len(decayed["params"]) == sum(p.requires_grad for p in model.parameters())
+        assert all(names[id(p)].endswith(("weight", "proj")) for p in decayed["params"])
+
+
+def test_learning_rate_rises_then_falls_as_half_a_cosine(micro, tmp_path):
+    out = str(tmp_path / "run")
+    train.main(SMALL + ["--root", micro, "--out", out, "--epochs", "4", "--warmup", "2", "--lr", "0.032", "--method", "linear"])
+    # 2 steps an epoch: the rate after each epoch is that of its next step
+    want = [1e-3 * f for f in (3 / 4, 1, 0.5 + 0.5 * math.cos(math.pi / 2), 0)]
+    assert [line["lr"] for line in lines(out)] == pytest.approx(want)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--batch", "99"], "--batch 99 is larger than the data set: 16"), (["--amp", "fp16"], "--amp fp16 needs a CUDA GPU"),
+    (["--frames", "15"], "15.*16"), (["--init", "absent.pt"], "no checkpoint absent.pt"), (["--root", "/no/where"], "/no/where")])
+def test_mistakes_on_the_command_line_get_a_sentence(options, words, micro, tmp_path):
+    if torch.cuda.is_available() and "--amp" in options:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit, match=words):
+        train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "run"), *options])
+
+
+def test_evaluate_refuses_other_classes(micro, tmp_path):
+    path = save(models.build_model(**TINY), tmp_path / "a.pt", data="folder", root=micro, views=(1, 1), sampling="dense", test_stride=1)
+    with pytest.raises(SystemExit, match=r"classes of folder \(8\) are not the 2"):
+        evaluate.main([path, "--root", micro])
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        evaluate.main([str(tmp_path / "b.pt")])
+
+
+def two_processes(rank, folder, root):
+    """One of two gloo processes: its half's gradients through DDP, and its part of an evaluation."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = models.load_checkpoint(f"{folder}/a.pt")[0].train()
+    video, label = torch.load(f"{folder}/batch.pt")
+    parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    mine = slice(rank * 2, rank * 2 + 2)
+    F.cross_entropy(parallel(video[mine]), label[mine]).backward()
+    clips = data.Clips(data.find_videos("folder", root).val[:7], 16, 64)  # 7 videos: uneven shares
+    rows = evaluate.predict(model, clips, torch.device("cpu"), batch=2)
+    torch.save(([p.grad for p in model.parameters()], rows), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_and_the_evaluation_of_one(micro, tmp_path):
+    model = randomise(models.build_model(**TINY, dropout=0.0))
+    save(model, tmp_path / "a.pt")
+    video, label = random_video(4), torch.tensor([1, 5, 2, 2])
+    torch.save((video, label), tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(two_processes, (str(tmp_path), micro), nprocs=2)
+    F.cross_entropy(model(video), label).backward()
+    clips = data.Clips(data.find_videos("folder", micro).val[:7], 16, 64)
+    rows = evaluate.predict(model, clips, torch.device("cpu"))
+    for rank in range(2):
+        gradients, other = torch.load(tmp_path / f"{rank}.pt")
+        for p, gradient in zip(model.parameters(), gradients):
+            assert (gradient is None) == (p.grad is None)
+            if gradient is not None:
+                torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-6)
+        assert [row[:3] for row in other] == [row[:3] for row in rows]

@@ -1,0 +1,270 @@
+"""Train a video model. With no arguments: the demo, on drawn videos, on any machine.
+
+    python train.py                                                        # the demo
+    python train.py --data folder --root DIR                               # your videos, one GPU
+    torchrun --nproc_per_node=8 train.py --data folder --root DIR          # eight GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+             train.py --data folder --root DIR                             # two nodes, the same line on both
+
+Every option has its default from the recipe of the data set, below. Writes log.jsonl, last.pt and
+best.pt to --out.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import model as models
+from evaluate import autocast_type, gather, parse_views, predict, start_processes, summarise
+
+# What a data set needs beyond the defaults of the options. Names are those of the options.
+RECIPES = {
+    # Eight drawn classes, 4 motions x 2 textures; needs no network and no GPU.
+    "demo": dict(backbone="tiny", frames=16, spatial_frames=4, bottleneck=32, position_scale=0.5, batch=32, lr=0.04,
+                 epochs=7, warmup=1, sampling="dense", stride=1, test_stride=1, augment="translate", views=(1, 1)),
+    # Drawn stills, on which the tiny backbone of the demo was trained: --method full --pretrained none.
+    "stills": dict(backbone="tiny", method="full", frames=1, spatial_frames=1, batch=64, lr=4e-3, epochs=5, warmup=1,
+                   sampling="dense", stride=1, test_stride=1, augment="translate", views=(1, 1)),
+    # Own videos: the peers' values on Kinetics (base lr 1e-3 per 256 clips is ST-Adapter's and AIM's).
+    "folder": dict(),
+    "list": dict(),
+}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="Train a video model; defaults come from the data set's recipe.")
+    add = parser.add_argument
+    add("--data", choices=data.SOURCES, default="demo", help="data set")
+    add("--root", help="folder of the data (default data/NAME)")
+    add("--out", help="folder of the run (default runs/DATA-METHOD[-PATHS]-sSEED)")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--overwrite", action="store_true", help="delete the run in --out first")
+    add("--init", metavar="CKPT", help="start from this run's weights, with a new head")
+    add("--limit", type=int, metavar="N", help="only the first N videos of each list, for a smoke run")
+    add("--seed", type=int, default=0)
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--method", choices=models.METHODS, default="dualpath")
+    add("--paths", choices=("both", "spatial", "temporal"), default="both", help="DualPath's paths, for the ablation")
+    add("--backbone", default="ViT-B-16-quickgelu", help="open_clip model, local-dir:DIR, or tiny")
+    add("--pretrained", default="openai", help="open_clip tag, a file, or none for random weights")
+    add("--frames", type=int, default=32, help="frames per clip, T")
+    add("--spatial-frames", type=int, default=8, help="frames that the spatial path sees, T_s")
+    add("--size", type=int, help="pixels per side (default the image model's own)")
+    add("--bottleneck", type=int, default=128, help="width of the adapters")
+    add("--dropout", type=float, default=0.1, help="in the adapters")
+    add("--position-scale", type=float, default=1.0, help="amplitude of the temporal position code")
+    add("--pre-attention-adapter", action=argparse.BooleanOptionalAction, default=False, help="A_t0")
+    add("--serial-skip", action=argparse.BooleanOptionalAction, default=False, help="z + h + A(h), not the paper's z + A(h)")
+    group = parser.add_argument_group("clips")
+    add = group.add_argument
+    add("--sampling", choices=("dense", "uniform"), default="uniform", help="frames at a stride, or one per segment")
+    add("--stride", type=int, default=4, help="between frames, if dense")
+    add("--test-stride", type=int, default=4, help="the same in testing")
+    add("--augment", choices=("crop", "translate"), default="crop", help="random resized crop, or whole-pixel shifts")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips (not with translate)")
+    add("--views", type=parse_views, metavar="CLIPSxCROPS", default=(3, 1), help="test views that evaluate.py averages")
+    group = parser.add_argument_group("optimisation")
+    add = group.add_argument
+    add("--epochs", type=int, default=30)
+    add("--warmup", type=float, default=3, help="epochs of rising learning rate")
+    add("--batch", type=int, default=64, help="clips per step, over all processes")
+    add("--micro-batch", type=int, help="clips per forward and process; the gradients add up (default all)")
+    add("--lr", type=float, default=1e-3, help="base learning rate, per 256 clips")
+    add("--weight-decay", type=float, default=0.05)
+    add("--clip-grad", type=float, help="largest norm of the gradient (default no limit)")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="decoding processes, per training process")
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**RECIPES[known.data])
+    args = parser.parse_args(argv)
+    args.pretrained = None if args.pretrained == "none" else args.pretrained
+    args.root = args.root or os.path.join("data", args.data)
+    paths = "" if args.paths == "both" else f"-{args.paths}"
+    args.out = args.out or os.path.join("runs", f"{args.data}-{args.method}{paths}-s{args.seed}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    rank, world, device = start_processes()
+    say = print if rank == 0 else lambda *_: None  # rank 0 alone prints and writes
+    barrier = dist.barrier if world > 1 else lambda: None
+
+    # ---- data, model, optimiser
+    try:
+        dtype = autocast_type(args.amp, device)
+        if rank == 0:
+            open_run(args)
+            videos = data.find_videos(args.data, args.root)  # draws the demo at first use
+        barrier()
+        videos = videos if rank == 0 else data.find_videos(args.data, args.root)
+        training, validation = videos.train[:args.limit], videos.val[:args.limit]
+        if args.batch % world:
+            raise data.DataError(f"--batch {args.batch} does not divide by {world} processes")
+        if args.batch > len(training):
+            raise data.DataError(f"--batch {args.batch} is larger than the data set: {len(training)} training videos")
+        torch.manual_seed(args.seed)
+        build = dict(method=args.method, num_classes=len(videos.classes), backbone=args.backbone, pretrained=args.pretrained,
+                     num_frames=args.frames, spatial_frames=args.spatial_frames, image_size=args.size,
+                     bottleneck=args.bottleneck, dropout=args.dropout, position_scale=args.position_scale, paths=args.paths,
+                     pre_attention_adapter=args.pre_attention_adapter, serial_skip=args.serial_skip)
+        if rank == 0:
+            model = models.build_model(**build)  # downloads the weights at first use
+        barrier()
+        model = (model if rank == 0 else models.build_model(**build)).to(device)
+        if args.init:
+            models.load_weights(model, models.read_checkpoint(args.init), args.init, head=False)
+        run = dict(vars(args), classes=videos.classes)
+        resumed = read_last(args, run, say) if args.resume else None
+        if resumed:
+            models.load_weights(model, resumed, args.out)
+    except (models.ModelError, data.DataError) as error:
+        raise SystemExit(f"train.py: {error}")
+
+    size = model.visual.image_size[0]
+    clips = data.Clips(training, args.frames, size, args.sampling, args.stride, args.augment, args.flip, args.seed, train=True)
+    order = data.BatchOrder(len(clips), args.batch, args.seed, rank, world)
+    loader = DataLoader(clips, batch_sampler=order, num_workers=args.workers, persistent_workers=args.workers > 0,
+                        pin_memory=device.type == "cuda", collate_fn=data.collate)
+    test_clips = data.Clips(validation, args.frames, size, args.sampling, args.test_stride, views=(1, 1))
+
+    lr = args.lr * args.batch / 256
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=lr, fused=True)
+    warmup, total = args.warmup * len(order), args.epochs * len(order)
+    rise_and_fall = lambda step: (min(1, (step + 1) / warmup) if step < warmup else
+                                  0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rise_and_fall)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    step, first_epoch, best = 0, 0, -1.0
+    if resumed:
+        optimizer.load_state_dict(resumed["training"]["optimizer"])
+        scheduler.load_state_dict(resumed["training"]["scheduler"])
+        scaler.load_state_dict(resumed["training"]["scaler"])
+        first_epoch, best = resumed["training"]["epoch"], resumed["training"]["best"]
+        step = first_epoch * len(order)
+    trained = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+
+    tuned, everything = models.count_parameters(model)
+    say(f"data      {args.data}: {len(training)} training and {len(validation)} validation videos, {len(videos.classes)} classes")
+    say(f"model     {args.method} around {args.backbone}: {tuned / 1e6:.2f} M of {everything / 1e6:.2f} M weights are trained")
+    say(f"clips     {args.frames} frames of {size} px, {args.sampling}")
+    say(f"training  {args.epochs} epochs of {len(order)} steps of {args.batch} clips, on {world} x {device.type},"
+        f" {str(dtype or torch.float32).removeprefix('torch.')}; learning rate {args.lr:g} x {args.batch}/256 = {lr:g}")
+    say(f"writes    {args.out}" + (f", resumed after epoch {first_epoch}" if resumed else ""))
+
+    # ---- the loop
+    for epoch in range(first_epoch, args.epochs):
+        start = time.perf_counter()
+        order.epoch = epoch
+        trained.train()
+        loss_sum = torch.zeros((), device=device)  # stays on the device: reading it at every step would wait for the GPU
+        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", unit_scale=args.batch, unit="clip", disable=rank > 0, leave=False)
+        failures = []
+        for batch, labels, failed in bar:
+            failures += failed
+            if len(failures) > 0.05 * len(clips) / world:
+                raise SystemExit(f"train.py: {len(failures)} videos could not be read, more than 5 % of the epoch's; the last: {failed[-1]}")
+            torch.manual_seed(hash((args.seed, step, rank)))  # dropout depends on the step, not on what came before
+            micro = args.micro_batch or len(batch)
+            parts = list(zip(batch.split(micro), labels.split(micro)))
+            for i, (video, label) in enumerate(parts):
+                if world > 1:
+                    trained.require_backward_grad_sync = i == len(parts) - 1  # exchange gradients once per step
+                video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    loss = F.cross_entropy(trained(video).float(), label, reduction="sum") / len(batch)
+                scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+            if args.clip_grad:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{loss_sum.item() / (step - epoch * len(order)):.3f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
+        seconds = time.perf_counter() - start
+        if world > 1:
+            dist.all_reduce(loss_sum)
+            failures = gather(failures)
+        result = summarise(predict(model, test_clips, device, dtype, max(1, args.batch // world), args.workers, "validating"))
+
+        if rank == 0:
+            line = dict(epoch=epoch + 1, lr=scheduler.get_last_lr()[0], train_loss=loss_sum.item() / len(order) / world,
+                        val_top1=result["top1"], val_top5=result["top5"],
+                        clips_per_second=round(len(order) * args.batch / seconds, 2), seconds=round(time.perf_counter() - start, 2),
+                        failed=len(failures))
+            if failures:
+                with open(os.path.join(args.out, "failed.txt"), "a") as file:
+                    file.writelines(f"epoch {epoch + 1}: {failure}\n" for failure in failures)
+            with open(os.path.join(args.out, "log.jsonl"), "a") as log:
+                log.write(json.dumps(line) + "\n")
+            say(f"epoch {epoch + 1:3d}   loss {line['train_loss']:.3f}   top-1 {100 * result['top1']:.2f} %"
+                f"   top-5 {100 * result['top5']:.2f} %   {line['clips_per_second']:.1f} clips/s   {line['seconds']:.0f} s"
+                + (f"   {len(failures)} videos unreadable, see failed.txt" if failures else ""))
+            if result["top1"] > best:
+                best = result["top1"]
+                models.save_checkpoint(os.path.join(args.out, "best.pt"), model, run)
+            models.save_checkpoint(os.path.join(args.out, "last.pt"), model, run, dict(
+                optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), scaler=scaler.state_dict(),
+                epoch=epoch + 1, best=best))
+    say(f"best top-1 {100 * best:.2f} %; evaluate it with: python evaluate.py {os.path.join(args.out, 'best.pt')}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def open_run(args):
+    """Make the folder of the run; refuse one that holds a run, unless told to continue or to delete it."""
+    log = os.path.join(args.out, "log.jsonl")
+    if args.overwrite and os.path.exists(log):
+        shutil.rmtree(args.out)
+    if os.path.exists(log) and not args.resume:
+        raise data.DataError(f"{args.out} holds a run already: --resume continues it, --overwrite deletes it, --out goes elsewhere")
+    os.makedirs(args.out, exist_ok=True)
+
+
+def read_last(args, run, say):
+    """The checkpoint to continue from, None if there is none yet; refuses one of a run with other options."""
+    last = os.path.join(args.out, "last.pt")
+    if not os.path.exists(last):
+        return say(f"note: there is no {last} to resume from, so the run starts afresh")
+    content = models.read_checkpoint(last)
+    free = ("out", "resume", "overwrite", "workers", "root", "micro_batch", "limit")
+    differ = [f"--{k.replace('_', '-')} {run[k]} (was {content['run'].get(k)})" for k in run
+              if k not in free and content["run"].get(k) != run[k]]
+    if differ:
+        raise models.ModelError(f"{last} is of a run with other options: {', '.join(differ)}")
+    if "RANK" not in os.environ or dist.get_rank() == 0:
+        log = os.path.join(args.out, "log.jsonl")  # it may be a line ahead, if the run died between log and checkpoint
+        lines = open(log).readlines()[:content["training"]["epoch"]]
+        with open(log, "w") as file:
+            file.writelines(lines)
+    return content
+
+
+def parameter_groups(model, weight_decay):
+    """Weight decay for matrices; none for biases, norms, tokens and position embeddings."""
+    tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrix = lambda name, p: p.ndim > 1 and not name.endswith("embedding")
+    return [dict(params=[p for n, p in tuned if matrix(n, p)], weight_decay=weight_decay),
+            dict(params=[p for n, p in tuned if not matrix(n, p)], weight_decay=0.0)]
+
+
+if __name__ == "__main__":
+    main()
