@@ -10,7 +10,6 @@ import csv
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 
@@ -132,7 +131,8 @@ def folder_data(root):
         found[split] = []
         for label, name in enumerate(classes):
             folder = os.path.join(root, split, name)
-            videos = sorted(f for f in os.listdir(folder) if f.lower().endswith(VIDEO_SUFFIXES)) if os.path.isdir(folder) else []
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            videos = sorted(f for f in names if f.lower().endswith(VIDEO_SUFFIXES))
             if not videos and split == "train":
                 raise DataError(f"{folder} has no video file ({', '.join(VIDEO_SUFFIXES)})")
             found[split] += [(os.path.join(folder, f), label) for f in videos]
@@ -152,7 +152,7 @@ def list_data(root):
                 raise DataError(f"{root}/{split}.txt gives {path} the label {label}; labels run from 0 to {len(classes) - 1}")
     missing = sorted(set(range(len(classes))) - {label for _, label in found["train"]})
     if missing or len(classes) < 2:
-        raise DataError(f"{root}/train.txt needs two classes at least and a video of each; class {missing[0] if missing else 1} has none")
+        raise DataError(f"{root}/train.txt needs two classes at least and a video of each; class {(missing + [1])[0]} has none")
     return Videos(found["train"], found["val"], classes)
 
 
@@ -205,9 +205,11 @@ def find_videos(data, root=None):
     if data not in ("demo", "stills") and not os.path.isdir(root):
         raise DataError(f"the data folder {root} is not there; say with --root where the {data!r} data are")
     videos = SOURCES[data](root)
+    if not videos.val:
+        raise DataError(f"{root} has no validation videos")
     missing = [path for path, _ in videos.train + videos.val if not os.path.isfile(path)]
     if missing:
-        raise DataError(f"{len(missing)} of {len(videos.train) + len(videos.val)} videos are not there, the first is {missing[0]}")
+        raise DataError(f"{len(missing)} of {len(videos.train) + len(videos.val)} videos are not there; the first: {missing[0]}")
     return videos
 
 
@@ -421,7 +423,7 @@ def main(argv=None):
             tqdm.write(str(error))
             bad += 1
     rate = len(order) / (time.perf_counter() - start)
-    print(f"{rate:.1f} clips/s per worker ({args.frames} frames of {args.size} px); {1000 / rate:.0f} workers for 1,000 clips/s;"
+    print(f"{rate:.1f} clips/s per worker ({args.frames} frames of {args.size} px), so {1000 / rate:.0f} workers for 1,000;"
           f" {bad} of {len(order)} videos unreadable")
 
 

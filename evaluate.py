@@ -11,7 +11,6 @@ import json
 import os
 import re
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
@@ -40,7 +39,7 @@ def autocast_type(name, device):
     if device.type != "cuda":
         raise models.ModelError(f"--amp {name} needs a CUDA GPU, and there is none: leave it out")
     if name == "auto":
-        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -139,9 +138,8 @@ def main(argv=None):
         root = args.root or (run["root"] if source == run["data"] else None)
         videos = data.find_videos(source, root)
         if videos.classes != names:
-            raise data.DataError(f"the classes of {source} ({len(videos.classes)}) are not the {len(names)} that the checkpoint knows")
-        if not videos.val:
-            raise data.DataError(f"{source} has no validation videos")
+            raise data.DataError(f"the classes of {source} ({len(videos.classes)}) are not the {len(names)} that the checkpoint"
+                                 " knows")
     except (models.ModelError, data.DataError) as error:
         raise SystemExit(f"evaluate.py: {error}")
 

@@ -1,9 +1,7 @@
 """The video models: an image transformer, frozen, and the few weights that are trained around it.
 
     python model.py                              # parameters and GMACs of each method
-    python model.py --export RUN/last.pt DIR     # a run's image model as an open_clip folder, for --backbone local-dir:DIR
-
-build_model() makes a model; save_checkpoint() and load_checkpoint() keep what was trained, and only that.
+    python model.py --export RUN/last.pt DIR     # a run's image model, for --backbone local-dir:DIR
 """
 import argparse
 import difflib
@@ -40,16 +38,14 @@ class ModelError(ValueError):
 def load_image_model(backbone, pretrained, image_size=None):
     """open_clip's image tower, a VisionTransformer that carries its own image_mean and image_std.
 
-    backbone: an open_clip name, 'local-dir:DIR' or 'hf-hub:REPO' (which bring their own weights, whatever
-    tag `pretrained` names), or 'tiny'. pretrained: a tag, a file, or None for random weights. Raises
-    ModelError, before anything is downloaded wherever the configuration tells.
+    backbone: an open_clip name, 'tiny', or 'local-dir:DIR' and 'hf-hub:REPO', which bring their own weights.
+    pretrained: a tag, a file, or None for random weights. Raises ModelError, if possible before a download.
     """
     name = BACKBONES.get(backbone, backbone)
     file = pretrained if pretrained is not None and ":" not in name and os.path.isfile(pretrained) else None
-    config = check_backbone(name, None if file or ":" in name else pretrained)
-    options = dict(pretrained=pretrained, require_pretrained=True)
-    if file or pretrained is None:  # then open_clip only has to build the image tower
-        options = dict(load_weights=False, text_cfg=NO_TEXT)
+    check_backbone(name, None if file or ":" in name else pretrained)
+    ours = file or pretrained is None  # then open_clip only has to build the image tower
+    options = dict(load_weights=False, text_cfg=NO_TEXT) if ours else dict(pretrained=pretrained, require_pretrained=True)
     try:
         clip = create_clip(name, force_image_size=image_size, **options)
     except Exception as error:  # "no network" alone has dozens of exception types
@@ -57,9 +53,6 @@ def load_image_model(backbone, pretrained, image_size=None):
                          " without a network, download the weights elsewhere and pass the file as --pretrained PATH")
     if file:
         load_tower(clip, file, backbone, image_size)
-        if os.environ.get("RANK", "0") == "0":  # once, not once per process
-            print(f"note: {file} cannot tell its activation; {backbone} uses {'QuickGELU' if config.get('quick_gelu') else 'GELU'}"
-                  " (OpenAI's, dfn2b's and metaclip's weights want a -quickgelu backbone)", file=sys.stderr)
     return clip.visual
 
 
@@ -73,10 +66,8 @@ def create_clip(name, **options):
 
 
 def check_backbone(name, tag):
-    """The open_clip configuration of a ViT with a class token; refuses others, and a tag of other weights.
-
-    open_clip only warns where weights meet the wrong activation, and the features are then quietly worse.
-    """
+    """Refuse what is not a ViT with a class token, and weights that were trained with another activation: there
+    open_clip only warns, and the features are quietly worse."""
     try:
         config = open_clip.get_model_config(name)
     except Exception as error:  # no such folder, not JSON, no network for hf-hub:
@@ -96,8 +87,7 @@ def check_backbone(name, tag):
         raise ModelError(f"weights {tag!r} were trained with {'GELU' if quick else 'QuickGELU'}, which {name} does not use:"
                          f" take --backbone {other}")
     if tag and tag not in tags:
-        raise ModelError(f"{tag!r} is neither a file nor weights that open_clip has for {name}; it has {', '.join(tags) or 'none'}")
-    return config
+        raise ModelError(f"{tag!r} is neither a file nor weights open_clip has for {name}; it has {', '.join(tags) or 'none'}")
 
 
 def first_line(error):
@@ -119,13 +109,17 @@ def load_tower(clip, path, backbone, image_size):
         open_clip.model.resize_pos_embed(state, clip)
     state = {k.removeprefix("visual."): v.float() for k, v in state.items() if k.startswith("visual.")}
     load_strictly(clip.visual, clip.visual.state_dict(), state, f"{path} does not fit {backbone}")
+    if os.environ.get("RANK", "0") == "0":  # once, not once per process
+        activation = type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__
+        print(f"note: {path} cannot tell its activation, {backbone} uses {activation}; OpenAI's, dfn2b's and metaclip's"
+              " weights want a -quickgelu backbone", file=sys.stderr)
 
 
 def load_strictly(module, own, state, what):
     """Copy `state` over `own`, a part of module's state; a missing, surplus or misshapen tensor is a ModelError."""
-    shape = lambda t: tuple(t.shape) if isinstance(t, torch.Tensor) else None
-    wrong = ([f"{k} is missing" for k in own if k not in state] + [f"{k} is too many" for k in state if k not in own]
-             + [f"{k} has shape {shape(v)}, not {shape(own[k])}" for k, v in state.items() if k in own and shape(v) != shape(own[k])])
+    have, want = ({k: tuple(v.shape) for k, v in tensors.items() if isinstance(v, torch.Tensor)} for tensors in (state, own))
+    wrong = ([f"{k} is missing" for k in want if k not in have] + [f"{k} is too many" for k in have if k not in want]
+             + [f"{k} has shape {have[k]}, not {want[k]}" for k in want if k in have and have[k] != want[k]])
     if wrong:
         raise ModelError(f"{what}: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     module.load_state_dict(state, strict=False)
@@ -171,7 +165,8 @@ class FrameModel(nn.Module):
     def check(self, video):
         want = (self.num_frames, 3, *self.visual.image_size)
         if video.ndim != 5 or video.shape[1:] != want or video.dtype != torch.uint8:
-            raise ValueError(f"the model takes uint8 video (batch, {', '.join(map(str, want))}), not {video.dtype} {tuple(video.shape)}")
+            raise ValueError(f"the model takes uint8 video of shape (batch, {', '.join(map(str, want))}), not {video.dtype}"
+                             f" of shape {tuple(video.shape)}")
 
     def patches(self, images):
         """(N, 3, H, W), values 0…255 → patch embeddings (N, P, d), no positions yet."""
@@ -191,33 +186,32 @@ class FrameModel(nn.Module):
 class DualPath(FrameModel):
     """Two paths through one frozen image model (section 3 of the paper).
 
-    Trained: the adapters (blocks), the head, both class tokens and p^SP. A path that is switched off is
-    not built: it has no images, and its feature is None.
+    Trained: the adapters (blocks), the head, both class tokens and p^SP. A path that is switched off is not
+    built: it has no images, and its feature is None.
     """
 
-    def __init__(self, visual, num_classes, num_frames, spatial_frames, rows, cols, paths, position_scale, **adapters):
+    def __init__(self, visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, **adapters):
         super().__init__(visual, num_classes, num_frames, spatial_frames)
         (H, W), d, d_out = visual.image_size, visual.class_embedding.shape[0], visual.output_dim
         frameset(torch.empty(0, num_frames, 3, H, W), rows, cols)  # says what does not divide
-        self.rows, self.cols = rows, cols
-        self.spatial, self.temporal = paths != "temporal", paths != "spatial"
+        self.rows, self.cols, self.spatial, self.temporal = rows, cols, paths != "temporal", paths != "spatial"
         self.blocks = nn.ModuleList(DualPathBlock(d, paths=paths, **adapters) for _ in visual.transformer.resblocks)
         visual.class_embedding.requires_grad_(self.spatial)
         visual.positional_embedding.requires_grad_(self.spatial)
         if self.temporal:
             # What the frozen blocks know as a class token is the embedding with its position added.
-            start = (visual.class_embedding + visual.positional_embedding[0]).detach()
-            self.temporal_class_embedding = nn.Parameter(start.clone())
+            self.temporal_class_embedding = nn.Parameter((visual.class_embedding + visual.positional_embedding[0]).detach())
             code = position_scale * position_code(num_frames // (rows * cols), H, W, visual.patch_size[0], d, rows, cols)
-            code = nn.functional.pad(code.to(start.device), (0, 0, 1, 0))  # the class token's code is zero
+            code = nn.functional.pad(code.to(visual.proj.device), (0, 0, 1, 0))  # the class token's code is zero
             self.register_buffer("temporal_position", code, persistent=False)  # p^TP (T_G, 1 + P, d)
-        self.head = nn.Sequential(nn.Linear(d_out * (self.spatial + self.temporal), d_out), nn.GELU(), nn.Linear(d_out, num_classes))
+        d_in = d_out * (self.spatial + self.temporal)  # [y^TP ; y^SP]
+        self.head = nn.Sequential(nn.Linear(d_in, d_out), nn.GELU(), nn.Linear(d_out, num_classes))
 
     def features(self, video):
         """(B, T, 3, H, W) uint8 → (y_sp, y_tp), each (B, d) or None: the two paths' class features."""
         self.check(video)
         B, N, v = video.shape[0], video.shape[0] * self.spatial_frames * self.spatial, self.visual
-        frames = (video if self.spatial else video[:0])[:, ::self.num_frames // self.spatial_frames].float()  # (B, T_s, 3, H, W)
+        frames = (video if self.spatial else video[:0])[:, ::self.num_frames // self.spatial_frames].float()
         framesets = frameset((video if self.temporal else video[:0]).float(), self.rows, self.cols)  # (B, T_G, 3, H, W)
         patches = self.patches(torch.cat([frames.flatten(0, 1), framesets.flatten(0, 1)]))  # (B·(T_s + T_G), P, d)
         x = self.tokens(patches[:N], v.class_embedding, v.positional_embedding[None])
@@ -243,7 +237,7 @@ def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu
     visual = load_image_model(backbone, pretrained, image_size)
     try:
         if method == "dualpath":
-            model = DualPath(visual, num_classes, num_frames, spatial_frames, rows, cols, paths, position_scale, bottleneck=bottleneck,
+            model = DualPath(visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, bottleneck=bottleneck,
                              dropout=dropout, pre_attention_adapter=pre_attention_adapter, serial_skip=serial_skip)
         else:
             model = FrameModel(visual, num_classes, num_frames, spatial_frames, full=method == "full")
@@ -277,13 +271,11 @@ def saved_weights(model):
 
 
 def save_checkpoint(path, model, run, training=None):
-    """Write what was trained, and what rebuilds the model around it, atomically, with a SHA-256 over all.
-
-    run: plain values that describe the data and the recipe (the classes' names among them); training: what
-    resuming needs (optimiser state, epoch), or None.
-    """
-    torch.save(dict(format=1, model=model.config, weights=saved_weights(model), fingerprint=model.fingerprint, run=run, training=training,
-                    versions=dict(torch=str(torch.__version__), open_clip=open_clip.__version__)), f"{path}.tmp")
+    """Write what was trained, and what rebuilds the model around it, atomically, with a SHA-256 over all. run: plain
+    values that describe data and recipe, class names among them; training: what resuming needs, or None."""
+    versions = dict(torch=str(torch.__version__), open_clip=open_clip.__version__)
+    torch.save(dict(format=1, model=model.config, weights=saved_weights(model), fingerprint=model.fingerprint, run=run,
+                    training=training, versions=versions), f"{path}.tmp")
     with open(f"{path}.tmp", "rb+") as file:
         file.write(MARK + hashlib.file_digest(file, "sha256").hexdigest().encode())
         file.flush()
@@ -305,26 +297,23 @@ def read_checkpoint(path):
     except Exception:  # pickle, zip and C++ readers each raise their own kinds
         content = None
     if not isinstance(content, dict) or content.get("format") != 1:
-        raise ModelError(f"{path} is refused: it holds something other than this project's plain values and tensors")
+        raise ModelError(f"{path} is refused: it holds other things than this project's plain values and tensors")
     return content
 
 
 def load_weights(model, content, path, head=True):
     """Copy a checkpoint's weights, or all but its head's, into a model that was built alike; raises ModelError."""
-    theirs, ours = content["model"], model.config
+    theirs = content["model"]
     if theirs["pretrained"] is not None and model.fingerprint != content["fingerprint"]:
-        raise ModelError(f"{path} was trained around other frozen weights, those of {theirs['backbone']!r}"
-                         f" ({theirs['pretrained']!r}), not of {ours['backbone']!r} ({ours['pretrained']!r})")
+        raise ModelError(f"{path} was trained around other frozen weights than those of {model.config['backbone']!r}:"
+                         f" it wants {theirs['backbone']!r} with weights {theirs['pretrained']!r}")
     chosen = lambda weights: {k: v for k, v in weights.items() if head or not k.startswith("head.")}
     load_strictly(model, chosen(saved_weights(model)), chosen(content["weights"]), f"{path} does not fit the model")
 
 
 def load_checkpoint(path, backbone=None, pretrained=None):
-    """Rebuild the model of a checkpoint, in eval mode → (model, the checkpoint's content). Raises ModelError.
-
-    backbone, pretrained: where the image model is to be found here, if not where it was in training; its
-    frozen weights must be the same ones.
-    """
+    """Rebuild the model of a checkpoint, in eval mode → (model, the checkpoint's content); raises ModelError.
+    backbone, pretrained: where the same image model is found here, if not where it was in training."""
     content = read_checkpoint(path)
     config = dict(content["model"], backbone=backbone or content["model"]["backbone"])
     if config["pretrained"] is not None:  # else, as with `full`, the checkpoint holds every weight
@@ -355,30 +344,30 @@ def count_parameters(model):
 
 
 def count_gmacs(model):
-    """10⁹ multiply-accumulates, of matmuls and convolutions, in the forward of one clip, counted as it runs."""
+    """10⁹ multiply-accumulates, of matmuls and convolutions, in the forward of one clip, counted as it runs, with
+    gradients enabled: the fused attention of CPU inference would hide its products from the counter."""
     video = torch.zeros(1, model.num_frames, 3, *model.visual.image_size, dtype=torch.uint8, device=model.mean.device)
-    # With gradients enabled: the fused attention of CPU inference hides its products from the counter.
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         model(video)
     return counter.get_total_flops() / 2e9
 
 
-def report(backbones, frames, classes):
+def report(backbones, frames):
     print(f"{'backbone':20s} {'method':16s} {'T':>3s} {'all M':>8s} {'tuned M':>8s} {'GMACs/view':>10s}")
     rows = [("dualpath", T, {}) for T in frames] + [("dualpath", frames[-1], dict(pre_attention_adapter=True))]
     rows += [(method, frames[0], {}) for method in METHODS if method != "dualpath"]
     for backbone, (method, T, options) in itertools.product(backbones, rows):
         with torch.device("meta"):  # shapes without memory: counting needs no weights
-            model = build_model(method, classes, backbone, None, num_frames=T, **options)
+            model = build_model(method, 400, backbone, None, num_frames=T, **options)
             (tuned, everything), gmacs = count_parameters(model), count_gmacs(model)
-        print(f"{backbone:20s} {method + ' + A_t0' * bool(options):16s} {T:3d} {everything / 1e6:8.2f} {tuned / 1e6:8.2f} {gmacs:10.1f}")
+        name = method + " + A_t0" * bool(options)
+        print(f"{backbone:20s} {name:16s} {T:3d} {everything / 1e6:8.2f} {tuned / 1e6:8.2f} {gmacs:10.1f}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Parameters and multiply-accumulates of each method.")
     parser.add_argument("--backbone", nargs="+", default=["ViT-B-16-quickgelu", "ViT-L-14-quickgelu"], help="open_clip names")
     parser.add_argument("--frames", nargs="+", type=int, default=[16, 32, 48], help="frames per clip, T")
-    parser.add_argument("--classes", type=int, default=400)
     parser.add_argument("--export", nargs=2, metavar=("CKPT", "DIR"), help="write a checkpoint's image model to a folder")
     args = parser.parse_args(argv)
     try:
@@ -386,7 +375,7 @@ def main(argv=None):
             export_image_model(load_checkpoint(args.export[0])[0], args.export[1])
             print(f"wrote {args.export[1]}; use it with --backbone local-dir:{args.export[1]}")
         else:
-            report(args.backbone, args.frames, args.classes)
+            report(args.backbone, args.frames)
     except ModelError as error:
         raise SystemExit(f"model.py: {error}")
 

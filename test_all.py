@@ -732,7 +732,7 @@ def test_lists_and_their_mistakes(tmp_path):
     (tmp_path / "classes.txt").write_text("walk\nrun\n")
     assert data.find_videos("list", str(tmp_path)).classes == ["walk", "run"]
     for text, words in (("a.mp4\n", "line 1"), ("a.mp4 0\na.mp4 x\n", "line 2"), ("a.mp4 0\na.mp4 7\n", "label 7"), ("", "no video"),
-                        ("a.mp4 0\nz.mp4 1\n", "1 of 3 videos are not there.*z.mp4"), ("a.mp4 1\n", "class 0 has none")):
+                        ("a.mp4 0\nz.mp4 1\n", "1 of 3 videos are not there; the first.*z.mp4"), ("a.mp4 1\n", "class 0 has none")):
         train.write_text(text)
         with pytest.raises(data.DataError, match=words):
             data.find_videos("list", str(tmp_path))

@@ -10,15 +10,12 @@ Every option has its default from the recipe of the data set, below. Writes log.
 best.pt to --out.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
-import random
-import shutil
-import sys
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -108,7 +105,7 @@ def main(argv=None):
     try:
         dtype = autocast_type(args.amp, device)
         if rank == 0:
-            open_run(args)
+            refuse_a_second_run(args)
             videos = data.find_videos(args.data, args.root)  # draws the demo at first use
         barrier()
         videos = videos if rank == 0 else data.find_videos(args.data, args.root)
@@ -132,6 +129,9 @@ def main(argv=None):
         resumed = read_last(args, run, say) if args.resume else None
         if resumed:
             models.load_weights(model, resumed, args.out)
+        barrier()
+        if rank == 0:  # from here on the run is its own
+            start_log(args, resumed)
     except (models.ModelError, data.DataError) as error:
         raise SystemExit(f"train.py: {error}")
 
@@ -159,7 +159,8 @@ def main(argv=None):
     trained = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     tuned, everything = models.count_parameters(model)
-    say(f"data      {args.data}: {len(training)} training and {len(validation)} validation videos, {len(videos.classes)} classes")
+    say(f"data      {args.data}: {len(training)} training and {len(validation)} validation videos,"
+        f" {len(videos.classes)} classes")
     say(f"model     {args.method} around {args.backbone}: {tuned / 1e6:.2f} M of {everything / 1e6:.2f} M weights are trained")
     say(f"clips     {args.frames} frames of {size} px, {args.sampling}")
     say(f"training  {args.epochs} epochs of {len(order)} steps of {args.batch} clips, on {world} x {device.type},"
@@ -172,22 +173,23 @@ def main(argv=None):
         order.epoch = epoch
         trained.train()
         loss_sum = torch.zeros((), device=device)  # stays on the device: reading it at every step would wait for the GPU
-        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", unit_scale=args.batch, unit="clip", disable=rank > 0, leave=False)
+        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", unit_scale=args.batch, unit="clip", leave=False, disable=rank > 0)
         failures = []
         for batch, labels, failed in bar:
             failures += failed
             if len(failures) > 0.05 * len(clips) / world:
-                raise SystemExit(f"train.py: {len(failures)} videos could not be read, more than 5 % of the epoch's; the last: {failed[-1]}")
+                raise SystemExit(f"train.py: {len(failures)} videos could not be read, more than 5 % of the epoch's;"
+                                 f" the last: {failed[-1]}")
             torch.manual_seed(hash((args.seed, step, rank)))  # dropout depends on the step, not on what came before
             micro = args.micro_batch or len(batch)
             parts = list(zip(batch.split(micro), labels.split(micro)))
             for i, (video, label) in enumerate(parts):
-                if world > 1:
-                    trained.require_backward_grad_sync = i == len(parts) - 1  # exchange gradients once per step
                 video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss = F.cross_entropy(trained(video).float(), label, reduction="sum") / len(batch)
-                scaler.scale(loss).backward()
+                last = world == 1 or i == len(parts) - 1
+                with contextlib.nullcontext() if last else trained.no_sync():  # processes exchange gradients once per step
+                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                        loss = F.cross_entropy(trained(video).float(), label, reduction="sum") / len(batch)
+                    scaler.scale(loss).backward()
                 loss_sum += loss.detach()
             if args.clip_grad:
                 scaler.unscale_(optimizer)
@@ -198,7 +200,8 @@ def main(argv=None):
             optimizer.zero_grad()
             step += 1
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{loss_sum.item() / (step - epoch * len(order)):.3f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
+                mean = loss_sum.item() / (step - epoch * len(order))
+                bar.set_postfix(loss=f"{mean:.3f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
         seconds = time.perf_counter() - start
         if world > 1:
             dist.all_reduce(loss_sum)
@@ -208,8 +211,8 @@ def main(argv=None):
         if rank == 0:
             line = dict(epoch=epoch + 1, lr=scheduler.get_last_lr()[0], train_loss=loss_sum.item() / len(order) / world,
                         val_top1=result["top1"], val_top5=result["top5"],
-                        clips_per_second=round(len(order) * args.batch / seconds, 2), seconds=round(time.perf_counter() - start, 2),
-                        failed=len(failures))
+                        clips_per_second=round(len(order) * args.batch / seconds, 2),
+                        seconds=round(time.perf_counter() - start, 2), failed=len(failures))
             if failures:
                 with open(os.path.join(args.out, "failed.txt"), "a") as file:
                     file.writelines(f"epoch {epoch + 1}: {failure}\n" for failure in failures)
@@ -229,14 +232,11 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def open_run(args):
-    """Make the folder of the run; refuse one that holds a run, unless told to continue or to delete it."""
-    log = os.path.join(args.out, "log.jsonl")
-    if args.overwrite and os.path.exists(log):
-        shutil.rmtree(args.out)
-    if os.path.exists(log) and not args.resume:
-        raise data.DataError(f"{args.out} holds a run already: --resume continues it, --overwrite deletes it, --out goes elsewhere")
-    os.makedirs(args.out, exist_ok=True)
+def refuse_a_second_run(args):
+    """Two runs in one folder would spoil each other: the user says whether to continue or to delete the first."""
+    if os.path.exists(os.path.join(args.out, "log.jsonl")) and not (args.resume or args.overwrite):
+        raise data.DataError(f"{args.out} holds a run already: --resume continues it, --overwrite deletes it,"
+                             " --out DIR goes elsewhere")
 
 
 def read_last(args, run, say):
@@ -245,17 +245,24 @@ def read_last(args, run, say):
     if not os.path.exists(last):
         return say(f"note: there is no {last} to resume from, so the run starts afresh")
     content = models.read_checkpoint(last)
-    free = ("out", "resume", "overwrite", "workers", "root", "micro_batch", "limit")
+    free = ("out", "root", "init", "resume", "overwrite", "workers", "micro_batch")
     differ = [f"--{k.replace('_', '-')} {run[k]} (was {content['run'].get(k)})" for k in run
               if k not in free and content["run"].get(k) != run[k]]
     if differ:
         raise models.ModelError(f"{last} is of a run with other options: {', '.join(differ)}")
-    if "RANK" not in os.environ or dist.get_rank() == 0:
-        log = os.path.join(args.out, "log.jsonl")  # it may be a line ahead, if the run died between log and checkpoint
-        lines = open(log).readlines()[:content["training"]["epoch"]]
-        with open(log, "w") as file:
-            file.writelines(lines)
     return content
+
+
+def start_log(args, resumed):
+    """Make the folder of the run; keep the log lines of the epochs that `resumed` has seen, and delete other leftovers."""
+    os.makedirs(args.out, exist_ok=True)
+    log = os.path.join(args.out, "log.jsonl")
+    lines = open(log).readlines() if resumed else []
+    with open(log, "w") as file:  # a run that died between its log line and its checkpoint is a line ahead
+        file.writelines(lines[:resumed["training"]["epoch"]] if resumed else [])
+    for name in () if resumed else ("last.pt", "best.pt", "failed.txt"):
+        if os.path.exists(os.path.join(args.out, name)):
+            os.remove(os.path.join(args.out, name))
 
 
 def parameter_groups(model, weight_decay):
