@@ -6,6 +6,7 @@
 Pixels stay uint8 from the decoder to the device: a quarter of the bytes of floats on the way.
 """
 import argparse
+import bisect
 import csv
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -35,41 +37,162 @@ class VideoError(Exception):
 
 # ---------------------------------------------------------------- reading frames
 
-def read_frames(path, indices):
-    """Frames of a video file, by number in presentation order → (len(indices), H, W, 3) uint8 RGB.
+MAX_PACKETS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS = 500_000, 1 << 30, 1 << 26, 60  # a clip is far below all of them
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,live_flv,asf,ogg,mpegvideo,h264,hevc,gif,ivf,nut,dv,mxf,rm"
+COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)  # AVColorSpace: RGB, BT.709, not said, FCC, BT.601 (5, 6), SMPTE 240M, BT.2020
 
-    indices: numbers in any order, repeats allowed; or a function of the number of frames that
-    returns them. Raises VideoError.
+
+def read_frames(path, indices):
+    """Frames of a video file, by number in presentation order → (len(indices), H, W, 3) uint8 RGB, upright.
+
+    indices: numbers in any order, repeats allowed; or a function of the number of frames that returns them.
+    The same pixels as decoding the whole file in order and picking, but only what the wanted frames need is
+    decoded. Raises VideoError, and nothing else, whatever the file holds.
     """
     try:
-        with av.open(f"file:{path}") as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise VideoError(f"{path} has no video stream")
-            stream.thread_type = "SLICE"  # workers are the parallelism: a thread pool per file costs more than it gains
-            frames = list(container.decode(stream))
-            if callable(indices):
-                indices = indices(len(frames))
-            wanted = [int(i) for i in indices]
-            bad = [i for i in wanted if not 0 <= i < len(frames)]
-            if bad:
-                raise VideoError(f"{path} has {len(frames)} frames, so no frame {bad[0]}")
-            converter = av.video.reformatter.VideoReformatter()
-            images = {i: converter.reformat(frames[i], format="rgb24").to_ndarray() for i in set(wanted)}
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"cannot read {path}: {error}")
-    if len({image.shape for image in images.values()}) > 1:
-        raise VideoError(f"{path} changes its frame size midway")
-    return np.stack([images[i] for i in wanted])
+        with av.open(local_video(path), metadata_errors="replace", timeout=MAX_SECONDS,
+                     options=dict(format_whitelist=FORMATS, protocol_whitelist="file")) as container:
+            stream, packets = video_packets(container, path)
+            times = presentation_times(stream, packets)
+            count = len(times) if times else sum(1 for _ in decode_all(stream, packets))
+            numbers = [int(i) for i in (indices(count) if callable(indices) else indices)]
+            for i in numbers:
+                if not 0 <= i < count:
+                    raise VideoError(f"{path} has {count} frames, so no frame {i}")
+            frames = None
+            if times:
+                targets = [times[i] for i in numbers]
+                frames = convert(((f.pts, f) for f in decode_some(stream, packets, set(targets))), targets)
+            if frames is None:  # timestamps are missing, or a frame did not come out as they promised
+                frames = convert(enumerate(decode_all(stream, packets)), numbers)
+            if frames is None:
+                raise VideoError(f"{path} breaks off before the last of the {count} frames that it announces")
+            return frames
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+        raise VideoError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def count_frames(path):
     """The number of frames that read_frames can give; raises VideoError."""
-    try:
-        with av.open(f"file:{path}") as container:
-            return sum(1 for _ in container.decode(video=0))
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise VideoError(f"cannot read {path}: {error}")
+    counts = []
+    read_frames(path, lambda count: counts.append(count) or [0])
+    return counts[0]
+
+
+def local_video(path):
+    """What FFmpeg opens: a file, even where the name looks like a protocol (`http:…`, `concat:…`)."""
+    if not os.path.isfile(path):
+        raise VideoError(f"cannot read {path}: there is no such file")
+    return f"file:{path}"
+
+
+def video_packets(container, path):
+    """The best video stream and its compressed packets, in decoding order; an image of an album is not a video."""
+    stream = container.streams.best("video")
+    if stream is None or stream.codec_context is None:
+        raise VideoError(f"{path} has no video stream that can be decoded")
+    codec = stream.codec_context
+    codec.thread_type, codec.thread_count = "SLICE", 1  # workers are the parallelism
+    codec.options = {"max_pixels": str(MAX_PIXELS)}
+    packets, size = [], 0
+    for packet in container.demux(stream):
+        if packet.size:
+            packets.append(packet)
+            size += packet.size
+        if len(packets) > MAX_PACKETS or size > MAX_BYTES:
+            raise VideoError(f"{path} has more than {MAX_PACKETS:,} packets or {MAX_BYTES >> 20} MiB: cut it into clips first")
+    if not packets:
+        raise VideoError(f"{path} has no video frames")
+    return stream, packets
+
+
+def presentation_times(stream, packets):
+    """The timestamp of frame 0, 1, 2, …, or None if the packets do not tell. A rate times a number would be wrong for
+    29.97 frames a second in Matroska's milliseconds, and for variable rates."""
+    times = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
+    complete = all(p.pts is not None for p in packets) and len(set(times)) == len(times)
+    one_each = stream.codec_context.name not in ("vp8", "libvpx")  # VP8 has packets that show nothing
+    return times if complete and one_each else None
+
+
+def needed_packets(packets, targets):
+    """Flags of the packets that decoding the frames at `targets` takes: from the key frame before each to itself."""
+    need = np.zeros(len(packets), bool)
+    keys = [i for i, p in enumerate(packets) if p.is_keyframe]
+    for place, packet in enumerate(packets):
+        if packet.pts in targets:
+            k = bisect.bisect_right(keys, place) - 1
+            while k > 0 and packets[keys[k]].pts > packet.pts:  # shown before the key frame it follows: open GOP
+                k -= 1
+            need[keys[k] if k >= 0 else 0:place + 1] = True
+    return need
+
+
+def decode_some(stream, packets, targets):
+    """Decoded frames, the ones at `targets` among them, with as little decoding as they take. Ends early where a
+    packet that is marked as a key frame turns out to be none, as in files that have lost their index."""
+    codec, running, entries = stream.codec_context, False, set()
+    steps = [*zip(packets, needed_packets(packets, targets)), (None, False)]
+    for place, (packet, needed) in enumerate(steps):
+        frames = []
+        if needed:
+            if not running and place:
+                entries.add(packet.pts)
+            # What nothing refers to and nobody wants is not decoded.
+            codec.skip_frame = "DEFAULT" if packet.pts in targets else "NONREF"
+            frames = codec.decode(packet)
+        elif running:
+            frames = codec.decode(None)  # the frames held back for reordering
+            codec.flush_buffers()
+        running = needed
+        if any(frame.pts in entries and not frame.key_frame for frame in frames):
+            return
+        yield from frames
+
+
+def decode_all(stream, packets):
+    """All frames, in order."""
+    stream.codec_context.flush_buffers()
+    stream.codec_context.skip_frame = "DEFAULT"
+    for packet in packets:
+        yield from stream.codec_context.decode(packet)
+    yield from stream.codec_context.decode(None)
+
+
+def convert(keyed_frames, wanted):
+    """(key, frame) pairs → (len(wanted), H, W, 3) RGB, row by row the frame whose key `wanted` gives; None if one is missing."""
+    rows = {}
+    for row, key in enumerate(wanted):
+        rows.setdefault(key, []).append(row)
+    reformatter, images = VideoReformatter(), None
+    for key, frame in keyed_frames:
+        if key not in rows:
+            continue
+        if frame.colorspace not in COLOUR_MATRICES:  # the scaler refuses constant luminance, reserved and other rare tags
+            frame.colorspace = 9 if frame.colorspace == 10 else 2
+        rgb = reformatter.reformat(frame, format="rgb24", threads=1)
+        plane = rgb.planes[0]
+        image = np.frombuffer(plane, np.uint8).reshape(rgb.height, plane.line_size)[:, :3 * rgb.width]
+        image = upright(image.reshape(rgb.height, rgb.width, 3), frame)
+        if images is None:
+            images = np.empty((len(wanted), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise ValueError("the size of its frames changes midway")
+        images[rows.pop(key)] = image
+        if not rows:
+            return images
+    return None
+
+
+def upright(image, frame):
+    """Apply the display matrix: a transposition and flips (`frame.rotation` would drop the flips)."""
+    for side in frame.side_data:
+        if side.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(side, np.int32)[:5]  # column x, row y go to (a·x + c·y, b·x + d·y)
+            if abs(int(b)) > abs(int(a)):
+                image, a, d = image.transpose(1, 0, 2), c, b
+            image = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+    return image
 
 
 # ---------------------------------------------------------------- which frames make a clip
@@ -365,7 +488,7 @@ def draw_still(seed, kind, cell):
 
 def write_video(path, frames, rate=8, **options):
     """frames (T, H, W, 3) uint8 → an H.264 mp4 at `path`, the same bytes every time."""
-    with av.open(path, "w") as container:
+    with av.open(f"file:{path}", "w") as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.options = {"preset": "veryfast", "crf": "23", "threads": "1", **options}

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import open_clip
@@ -607,12 +608,153 @@ def test_what_is_no_video_is_one_kind_of_error(tmp_path):
             data.count_frames(str(tmp_path / name))
 
 
+def write_anything(path, codec, number=60, size=(48, 64), pix_fmt="yuv420p", pts=None, rate=30, options=None, **stream_options):
+    """A video of noise that moves, so that a wrong frame or reference would show."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (size[0] + 2 * number, size[1] + number, 3)).astype(np.uint8)
+    picture = (picture // 4 + np.arange(picture.shape[1])[None, :, None] * 2 % 192).astype(np.uint8)
+    with data.av.open(path, "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt, stream.options = *size, pix_fmt, stream_options.pop("codec_options", {})
+        for name, value in stream_options.items():
+            getattr(stream, name)(*value) if callable(getattr(stream, name)) else setattr(stream.codec_context, name, value)
+        for i in range(number):
+            frame = data.av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[2 * i:2 * i + size[0], i:i + size[1]]), format="rgb24")
+            frame.pts = i if pts is None else pts[i]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def decode_whole(path):
+    """The reference: every frame, in order, each by a fresh converter."""
+    with data.av.open(f"file:{path}") as container:
+        return [data.VideoReformatter().reformat(frame, format="rgb24").to_ndarray()
+                for frame in container.decode(container.streams.best("video"))]
+
+
+def x264(**options):
+    return dict(codec="libx264", codec_options={"preset": "medium", "threads": "1", "bf": "3", "g": "300", **options})
+
+
+UNEVEN = np.cumsum(np.random.default_rng(1).integers(1, 9, 60)).tolist()
+FILES = {
+    "one-key.mp4": x264(), "two-keys.mp4": x264(g="30", sc_threshold="0"), "many-keys.mp4": x264(g="6", sc_threshold="0"),
+    "open-gop.mp4": x264(g="12", sc_threshold="0", **{"x264-params": "open-gop=1"}), "intra.mp4": x264(g="1"),
+    "refresh.mp4": x264(g="20", **{"x264-params": "intra-refresh=1"}), "pyramid.mkv": x264(g="25", **{"b-pyramid": "normal"}),
+    "odd.mp4": dict(x264(), size=(47, 63), pix_fmt="yuv444p"), "one-frame.mp4": dict(x264(), number=1),
+    "uneven.mp4": dict(x264(g="20"), pts=UNEVEN), "uneven.mkv": dict(x264(g="20"), pts=UNEVEN),
+    "late.mp4": dict(x264(g="20"), pts=[i + 40 for i in range(60)]), "late.mkv": dict(x264(g="20"), pts=[i + 40 for i in range(60)]),
+    "ntsc.mkv": dict(x264(g="20"), rate=Fraction(30000, 1001)), "stream.ts": x264(g="20"),
+    "h265.mp4": dict(codec="libx265", codec_options={"x265-params": "keyint=20:bframes=3:log-level=none"}),
+    "mpeg4.avi": dict(codec="mpeg4", codec_options={"g": "15"}), "mpeg4-b.avi": dict(codec="mpeg4", codec_options={"g": "15", "bf": "2"}),
+    "mpeg4-b.mp4": dict(codec="mpeg4", codec_options={"g": "15", "bf": "2"}), "mpeg2.mpg": dict(codec="mpeg2video", codec_options={"bf": "2"}),
+    "vp9.webm": dict(codec="libvpx-vp9", codec_options={"g": "20", "auto-alt-ref": "1", "lag-in-frames": "16"}),
+    "vp9-odd.webm": dict(codec="libvpx-vp9", size=(47, 63), codec_options={"g": "20"}),
+    "vp8.webm": dict(codec="libvpx", codec_options={"g": "20", "auto-alt-ref": "1", "lag-in-frames": "16"}),
+    "mjpeg.avi": dict(codec="mjpeg", pix_fmt="yuvj420p"), "wmv.wmv": dict(codec="wmv2", codec_options={"g": "12"}),
+}
+IN_ORDER = ("mpeg4-b.avi", "vp8.webm", "refresh.mp4")  # no timestamps, packets that show nothing, key frames that are not
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_frames_are_bit_identical_to_decoding_the_whole_file(name, tmp_path, monkeypatch):
+    path = write_anything(str(tmp_path / name), **FILES[name])
+    want = decode_whole(path)
+    if name not in IN_ORDER:
+        monkeypatch.setattr(data, "decode_all", None)  # the fast way must do
+    assert data.count_frames(path) == len(want) == FILES[name].get("number", 60)
+    rng = np.random.default_rng(0)
+    for numbers in (range(len(want)), *(rng.integers(0, len(want), n) for n in (1, 3, 8)), [len(want) - 1], [0]):
+        got = data.read_frames(path, numbers)
+        assert all(np.array_equal(image, want[i]) for image, i in zip(got, numbers, strict=True))
+
+
 @needs_shared
-def test_real_clips_are_counted_and_read():
-    for name, number in (("k400_demo.mp4", 300), ("k400_clip2.mp4", 280)):
-        path = f"{SHARED}/videos/{name}"
-        assert data.count_frames(path) in (280, 300)
-        assert data.read_frames(path, lambda n: [0, n - 1]).shape == (2, 256, 340, 3)
+@pytest.mark.parametrize("name, number", [("k400_demo.mp4", 280), ("k400_clip2.mp4", 300), ("pancake.mkv", 310), ("two_video_streams.mp4", 390)])
+def test_real_files_are_read_exactly(name, number, monkeypatch):
+    path = f"{SHARED}/videos/{name}"
+    want = decode_whole(path)
+    monkeypatch.setattr(data, "decode_all", None)
+    assert data.count_frames(path) == len(want) == number
+    for numbers in (range(60, 60 + 32 * 4, 4), range(number), np.random.default_rng(0).integers(0, number, 16)):
+        assert all(np.array_equal(image, want[i]) for image, i in zip(data.read_frames(path, numbers), numbers))
+
+
+@needs_shared
+def test_the_best_stream_is_read_upright_and_damage_is_an_error():
+    assert data.read_frames(f"{SHARED}/videos/two_video_streams.mp4", [0]).shape == (1, 270, 480, 3)
+    path = f"{SHARED}/videos/rot90.mov"
+    assert np.array_equal(data.read_frames(path, [1])[0], np.rot90(decode_whole(path)[1], -1))
+    with pytest.raises(data.VideoError, match="corrupted.mp4"):
+        data.read_frames(f"{SHARED}/videos/corrupted.mp4", lambda n: range(n))
+
+
+@pytest.mark.parametrize("hflip", [False, True])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_all_eight_orientations_are_turned_upright(degrees, hflip, tmp_path):
+    plain = write_anything(str(tmp_path / "plain.mp4"), **x264(), number=2)
+    turned = write_anything(str(tmp_path / "turned.mp4"), **x264(), number=2, set_display_rotation=(degrees, hflip))
+    want = np.rot90(data.read_frames(plain, [1])[0], degrees // 90)  # counter-clockwise, and mirrored after that
+    assert np.array_equal(data.read_frames(turned, [1])[0], want[:, ::-1] if hflip else want)
+
+
+@pytest.mark.parametrize("space, full, red, blue", [(1, False, 0.2126, 0.0722), (5, False, 0.299, 0.114), (6, True, 0.299, 0.114),
+                                                     (9, False, 0.2627, 0.0593), (1, True, 0.2126, 0.0722), (10, False, 0.2627, 0.0593),
+                                                     (14, False, 0.299, 0.114), (2, False, 0.299, 0.114)])
+def test_colour_matrix_and_range_are_honoured(space, full, red, blue, tmp_path):
+    path = write_anything(str(tmp_path / "a.mkv"), "ffv1", number=2, pix_fmt="yuv444p", colorspace=space, color_range=2 if full else 1)
+    with data.av.open(path) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_range) == (space, 2 if full else 1)
+        y, u, v = (p.astype(float) for p in frame.to_ndarray())
+    y, u, v = (y / 255, (u - 128) / 255, (v - 128) / 255) if full else ((y - 16) / 219, (u - 128) / 224, (v - 128) / 224)
+    r, b = y + 2 * (1 - red) * v, y + 2 * (1 - blue) * u
+    rgb = np.stack([r, (y - red * r - blue * b) / (1 - red - blue), b], -1).clip(0, 1) * 255
+    assert abs(data.read_frames(path, [0])[0] - rgb).max() <= 3
+
+
+def test_little_is_decoded_for_a_few_frames_near_the_end(tmp_path):
+    path = write_anything(str(tmp_path / "a.mp4"), **x264(g="30", sc_threshold="0"), number=300)
+    with data.av.open(path) as container:
+        _, packets = data.video_packets(container, path)
+    assert sum(p.is_keyframe for p in packets) == 10
+    times = sorted(p.pts for p in packets)
+    assert 8 <= data.needed_packets(packets, {times[i] for i in range(272, 296, 3)}).sum() <= 40
+    assert data.needed_packets(packets, {times[i] for i in (0, 299)}).sum() <= 1 + 31
+
+
+def test_a_lost_index_does_not_give_wrong_frames(tmp_path, monkeypatch):
+    path = write_anything(str(tmp_path / "a.mp4"), codec="mpeg4", codec_options={"g": "60"})
+    want, original = decode_whole(path), data.video_packets
+
+    def every_packet_marked(container, path):
+        stream, packets = original(container, path)
+        for packet in packets:
+            packet.is_keyframe = True
+        return stream, packets
+    monkeypatch.setattr(data, "video_packets", every_packet_marked)
+    assert all(np.array_equal(a, want[i]) for a, i in zip(data.read_frames(path, [40, 50]), (40, 50)))
+
+
+def test_names_that_look_like_protocols_are_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.write_video("http:x.mp4", numbered_frames(5))
+    assert read_numbers(data.read_frames("http:x.mp4", [3])) == [3]
+    (tmp_path / "list.txt").write_text("ffconcat version 1.0\nfile 'http:x.mp4'\n")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1\nhttp:x.mp4\n#EXT-X-ENDLIST\n")
+    for name in ("concat:http:x.mp4", "http://127.0.0.1/x.mp4", "list.txt", "list.m3u8", "/dev/zero"):
+        with pytest.raises(data.VideoError):
+            data.read_frames(name, [0])
+
+
+def test_hostile_files_meet_limits(tmp_path, monkeypatch):
+    path = write_anything(str(tmp_path / "a.mp4"), **x264())
+    for limit, words in (("MAX_PACKETS", "cut it into clips"), ("MAX_BYTES", "cut it into clips"), ("MAX_PIXELS", "cannot read")):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, limit, 40)
+            with pytest.raises(data.VideoError, match=words):
+                data.read_frames(path, [0])
 
 
 def test_dense_clips_cover_the_video_and_repeat_the_last_frame():
