@@ -210,12 +210,17 @@ class DualPath(FrameModel):
     def features(self, video):
         """(B, T, 3, H, W) uint8 → (y_sp, y_tp), each (B, d) or None: the two paths' class features."""
         self.check(video)
-        B, N, v = video.shape[0], video.shape[0] * self.spatial_frames * self.spatial, self.visual
-        frames = (video if self.spatial else video[:0])[:, ::self.num_frames // self.spatial_frames].float()
-        framesets = frameset((video if self.temporal else video[:0]).float(), self.rows, self.cols)  # (B, T_G, 3, H, W)
-        patches = self.patches(torch.cat([frames.flatten(0, 1), framesets.flatten(0, 1)]))  # (B·(T_s + T_G), P, d)
-        x = self.tokens(patches[:N], v.class_embedding, v.positional_embedding[None])
-        z = self.tokens(patches[N:], self.temporal_class_embedding, self.temporal_position) if self.temporal else x[:0]
+        B, v, images = video.shape[0], self.visual, []
+        if self.spatial:
+            images.append(video[:, ::self.num_frames // self.spatial_frames].flatten(0, 1).float())  # (B·T_s, 3, H, W)
+        if self.temporal:
+            images.append(frameset(video.float(), self.rows, self.cols).flatten(0, 1))  # (B·T_G, 3, H, W)
+        patches = self.patches(torch.cat(images)).split([i.shape[0] for i in images])  # each path's (B·n, P, d)
+        x = z = patches[0].new_empty(0, 1 + patches[0].shape[1], patches[0].shape[2])  # a path without images has no rows
+        if self.spatial:
+            x = self.tokens(patches[0], v.class_embedding, v.positional_embedding[None])
+        if self.temporal:
+            z = self.tokens(patches[-1], self.temporal_class_embedding, self.temporal_position)
         for block, adapted in zip(v.transformer.resblocks, self.blocks):
             x, z = adapted(block, x, z)
         return self.class_feature(x, B) if self.spatial else None, self.class_feature(z, B) if self.temporal else None
