@@ -57,7 +57,7 @@ class DualPathBlock(nn.Module):
     Spatial adapters run parallel to the frozen parts: the block starts as the image model's. Temporal
     ones come in series behind them: the block starts as the identity, z'' = z.
 
-    pre_attention_adapter: has A_t0 (the paper's Something-Something v2 models); else it is left out.
+    pre_attention_adapter: has A_t0, which the paper's parameter count on Something-Something v2 takes; else left out.
     serial_skip: z' = z + h + A_t1(h) with h = MHA(…), and so behind the MLP: starts as the image model.
     paths: "both", "spatial" or "temporal"; the adapters of an unused path are not built.
     """

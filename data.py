@@ -36,7 +36,6 @@ class VideoError(Exception):
 
 
 # ---------------------------------------------------------------- reading frames
-
 MAX_PACKETS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS = 500_000, 1 << 30, 1 << 26, 60  # a clip is far below all of them
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,live_flv,asf,ogg,mpegvideo,h264,hevc,gif,ivf,nut,dv,mxf,rm"
 COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)  # AVColorSpace: RGB, BT.709, not said, FCC, BT.601 (5, 6), SMPTE 240M, BT.2020
@@ -49,13 +48,18 @@ def read_frames(path, indices):
     The same pixels as decoding the whole file in order and picking, but only what the wanted frames need is
     decoded. Raises VideoError, and nothing else, whatever the file holds.
     """
+    if not os.path.isfile(path):
+        raise VideoError(f"cannot read {path}: there is no such file")
     try:
-        with av.open(local_video(path), metadata_errors="replace", timeout=MAX_SECONDS,
+        # `file:` makes a file of names that look like a protocol, such as http:… and concat:….
+        with av.open(f"file:{path}", metadata_errors="replace", timeout=MAX_SECONDS,
                      options=dict(format_whitelist=FORMATS, protocol_whitelist="file")) as container:
             stream, packets = video_packets(container, path)
             times = presentation_times(stream, packets)
             count = len(times) if times else sum(1 for _ in decode_all(stream, packets))
             numbers = [int(i) for i in (indices(count) if callable(indices) else indices)]
+            if not numbers:
+                raise ValueError("no frame was asked for")
             for i in numbers:
                 if not 0 <= i < count:
                     raise VideoError(f"{path} has {count} frames, so no frame {i}")
@@ -77,13 +81,6 @@ def count_frames(path):
     counts = []
     read_frames(path, lambda count: counts.append(count) or [0])
     return counts[0]
-
-
-def local_video(path):
-    """What FFmpeg opens: a file, even where the name looks like a protocol (`http:…`, `concat:…`)."""
-    if not os.path.isfile(path):
-        raise VideoError(f"cannot read {path}: there is no such file")
-    return f"file:{path}"
 
 
 def video_packets(container, path):
@@ -196,7 +193,6 @@ def upright(image, frame):
 
 
 # ---------------------------------------------------------------- which frames make a clip
-
 def clip_frames(available, num_frames, sampling, stride, position):
     """The frame numbers of one clip out of `available` frames → (num_frames,) int64.
 
@@ -214,7 +210,6 @@ def clip_frames(available, num_frames, sampling, stride, position):
 
 
 # ---------------------------------------------------------------- transforms: (T, 3, H, W) uint8 → (T, 3, size, size) uint8
-
 def training_transform(augment, size, flip):
     """v2 transforms draw once per call, so that all frames of a clip are treated alike."""
     if augment == "translate":  # whole pixels: nothing is resampled, mirrored or recoloured
@@ -232,7 +227,6 @@ def test_crops(clip, size, crops):
 
 
 # ---------------------------------------------------------------- data sets on disk
-
 @dataclass
 class Videos:
     """The lists that every data set comes down to: (path, label) pairs and the names of the labels."""
@@ -339,7 +333,6 @@ def find_videos(data, root=None):
 
 
 # ---------------------------------------------------------------- samples and batches
-
 class Clips(Dataset):
     """Clips of labelled videos. Training: item (epoch, i) → one augmented clip (T, 3, S, S). Testing: item
     i → all views of video i, (views, T, 3, S, S), from one decode. A video that cannot be read is None in
@@ -349,7 +342,7 @@ class Clips(Dataset):
     def __init__(self, samples, num_frames, size, sampling="dense", stride=1, augment="crop", flip=True, seed=0,
                  train=False, views=(1, 1)):
         self.samples, self.num_frames, self.size, self.sampling, self.stride = samples, num_frames, size, sampling, stride
-        self.seed, self.train, self.views = seed, train, views
+        self.seed, self.train, self.views, self.augment = seed, train, views, augment
         self.transform = training_transform(augment, size, flip)
 
     def __len__(self):
@@ -363,16 +356,19 @@ class Clips(Dataset):
         rng = np.random.default_rng([self.seed, epoch, index])
         position = rng.random() if self.sampling == "dense" else rng.random(self.num_frames)
         plan = lambda n: clip_frames(n, self.num_frames, self.sampling, self.stride, position)
-        failures = []
-        while True:
+        failures, frames = [], None
+        while frames is None:
             path, label = self.samples[index]
             try:
                 frames = read_frames(path, plan)
-                break
+                if self.augment == "translate" and frames.shape[1:3] != (self.size, self.size):
+                    raise VideoError(f"{path} is {frames.shape[2]}x{frames.shape[1]}, and translation, which resamples nothing,"
+                                     f" takes {self.size}x{self.size}")
             except VideoError as error:
+                frames = None
                 failures.append(str(error))
                 if len(failures) == 10:
-                    raise
+                    return None, label, failures
                 index = int(rng.integers(len(self)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
@@ -396,9 +392,10 @@ class Clips(Dataset):
 
 
 def collate(items):
-    """Training items → clips (B, T, 3, S, S) uint8, labels (B,), the messages of videos that could not be read."""
+    """Training items → clips (B, T, 3, S, S) uint8, labels (B,), the messages of videos that could not be read. The clips
+    are None where one found ten unreadable videos in a row."""
     clips, labels, failures = zip(*items)
-    return torch.stack(clips), torch.tensor(labels), [line for lines in failures for line in lines]
+    return None if any(clip is None for clip in clips) else torch.stack(clips), torch.tensor(labels), [line for lines in failures for line in lines]
 
 
 class BatchOrder(Sampler):
@@ -420,7 +417,6 @@ class BatchOrder(Sampler):
 
 
 # ---------------------------------------------------------------- drawn data: the demo and its stills
-
 MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 TEXTURES = ("horizontal", "vertical")
 MOVING_CLASSES = [(motion, texture) for motion in MOTIONS for texture in TEXTURES]
@@ -509,13 +505,14 @@ def draw_once(root, split, number, draw, classes):
     for kind in classes:
         os.makedirs(os.path.join(temporary, "_".join(map(str, kind))))
     jobs = [(temporary, i, [split == "val", i], draw, classes[i % len(classes)]) for i in range(number)]
-    with multiprocessing.Pool(min(8, os.cpu_count()), torch.set_num_threads, (1,)) as pool:
-        for _ in tqdm(pool.imap_unordered(draw_file, jobs, chunksize=16), f"drawing {final}", number, unit="video"):
-            pass
     try:
-        os.rename(temporary, final)
-    except OSError:  # another run finished first
-        shutil.rmtree(temporary)
+        with multiprocessing.Pool(min(8, os.cpu_count()), torch.set_num_threads, (1,)) as pool:
+            for _ in tqdm(pool.imap_unordered(draw_file, jobs, chunksize=16), f"drawing {final}", number, unit="video"):
+                pass
+        if not os.path.isdir(final):  # another run may have finished first
+            os.rename(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def draw_file(job):
@@ -524,7 +521,6 @@ def draw_file(job):
 
 
 # ---------------------------------------------------------------- check a data set
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a data set, then time its reading.")
     parser.add_argument("--data", default="demo", choices=SOURCES)
@@ -538,19 +534,16 @@ def main(argv=None):
     except DataError as error:
         raise SystemExit(f"data.py: {error}")
     print(f"{len(videos.train)} training and {len(videos.val)} validation videos, {len(videos.classes)} classes")
-    clips = Clips(videos.train, args.frames, args.size, train=True)
+    clips = Clips(videos.train + videos.val, args.frames, args.size, train=True)
     torch.set_num_threads(1)  # as in a loader's worker
-    bad, start = 0, time.perf_counter()
+    failures, start = [], time.perf_counter()
     order = np.random.default_rng(0).permutation(len(clips))[:args.limit]
     for i in tqdm(order, "reading", unit="clip"):
-        try:
-            clips[0, int(i)]
-        except VideoError as error:
-            tqdm.write(str(error))
-            bad += 1
+        failures += clips[0, int(i)][2]
     rate = len(order) / (time.perf_counter() - start)
+    print("\n".join(failures[:20] + [f"… and {len(failures) - 20} more"] * (len(failures) > 20)))
     print(f"{rate:.1f} clips/s per worker ({args.frames} frames of {args.size} px), so {1000 / rate:.0f} workers for 1,000;"
-          f" {bad} of {len(order)} videos unreadable")
+          f" {len(failures)} reads failed over {len(order)} videos")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@
 """
 import argparse
 import csv
+import datetime
 import json
 import os
 import re
+import sys
 
 import torch
 import torch.distributed as dist
@@ -25,11 +27,30 @@ def start_processes():
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return 0, 1, torch.device("cuda" if cuda else "cpu")
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # One process may draw the demo or download weights for long while the others wait for it.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def in_turn(work):
+    """work() in the first process, then in the others, so that what it draws or downloads is there for them. Where it
+    refuses in one process all of them end, and the first prints the one sentence."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    result = refusal = None
+    for mine in (rank == 0, rank > 0):
+        if mine and refusal is None:
+            try:
+                result = work()
+            except (models.ModelError, data.DataError, OSError) as error:
+                refusal = str(error)
+        if world > 1:
+            refusal = next(filter(None, gather([refusal])), None)
+    if refusal is not None:
+        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {refusal}" if rank == 0 else 1)
+    return result
 
 
 def autocast_type(name, device):
@@ -89,6 +110,13 @@ def summarise(rows):
                 top1_readable=top1 / readable, top5_readable=top5 / readable)
 
 
+def positive(text):
+    """A whole number from 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
 def parse_views(text):
     """'3x1' → (3 clips, 1 crop)."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
@@ -97,14 +125,13 @@ def parse_views(text):
     return int(match[1]), int(match[2])
 
 
-def show_videos(model, clips, classes, device, dtype):
-    """Print the five likeliest classes of each video; returns the number that could not be read."""
-    rows = predict(model, clips, device, dtype, batch=1)
-    for index, _, likeliest, scores, error in rows:
+def show_videos(rows, clips, names):
+    """Print the five likeliest classes of each video; 1 if one could not be read, else 0."""
+    for index, _, classes, scores, error in rows:
         print(clips.samples[index][0] if error is None else error)
-        for c, score in zip(likeliest, scores):
-            print(f"  {100 * score:5.1f} %  {classes[c]}")
-    return sum(row[-1] is not None for row in rows)
+        for c, score in zip(classes, scores):
+            print(f"  {100 * score:5.1f} %  {names[c]}")
+    return int(any(error for *_, error in rows))
 
 
 def main(argv=None):
@@ -116,38 +143,43 @@ def main(argv=None):
     parser.add_argument("--views", type=parse_views, metavar="CLIPSxCROPS", help="views per video (default: the recipe's)")
     parser.add_argument("--backbone", help="where the image model is here, if not where it was in training")
     parser.add_argument("--pretrained", help="likewise, the file or tag of its weights")
-    parser.add_argument("--batch", type=int, default=8, help="videos per process and step")
+    parser.add_argument("--batch", type=positive, default=8, help="videos per process and step")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="decoding processes")
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    parser.add_argument("--limit", type=int, help="only the first N videos")
+    parser.add_argument("--limit", type=positive, help="only the first N videos")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
     args = parser.parse_args(argv)
     rank, world, device = start_processes()
-    try:
+
+    def set_up():
         dtype = autocast_type(args.amp, device)
         model, content = models.load_checkpoint(args.checkpoint, args.backbone, args.pretrained)
-        model.to(device)
         run = content["run"]
-        views, names = args.views or tuple(run["views"]), run["classes"]
-        options = dict(num_frames=model.num_frames, size=model.visual.image_size[0], sampling=run["sampling"],
-                       stride=run["test_stride"], views=views)
         if args.video:
-            clips = data.Clips([(path, -1) for path in args.video], **options)
-            return int(show_videos(model, clips, names, device, dtype) > 0)
-        source = args.data or run["data"]
-        root = args.root or (run["root"] if source == run["data"] else None)
-        videos = data.find_videos(source, root)
-        if videos.classes != names:
-            raise data.DataError(f"the classes of {source} ({len(videos.classes)}) are not the {len(names)} that the checkpoint"
-                                 " knows")
-    except (models.ModelError, data.DataError) as error:
-        raise SystemExit(f"evaluate.py: {error}")
+            samples = [(path, -1) for path in args.video]
+        else:
+            source = args.data or run["data"]
+            videos = data.find_videos(source, args.root or (run["root"] if source == run["data"] else None))
+            if videos.classes != run["classes"]:
+                raise data.DataError(f"the classes of {source} ({len(videos.classes)}) are not the {len(run['classes'])} that"
+                                     " the checkpoint knows")
+            samples = videos.val[:args.limit]
+        if args.predictions:
+            open(args.predictions, "a").close()  # better now than after the evaluation
+        return dtype, model.to(device), run, samples
 
-    clips = data.Clips(videos.val[:args.limit], **options)
-    rows = predict(model, clips, device, dtype, args.batch, args.workers)
+    dtype, model, run, samples = in_turn(set_up)
+    views, names = args.views or tuple(run["views"]), run["classes"]
+    clips = data.Clips(samples, model.num_frames, model.visual.image_size[0], run["sampling"], run["test_stride"], views=views)
+    rows = predict(model, clips, device, dtype, 1 if args.video else args.batch, 0 if args.video else args.workers)
+    if world > 1:
+        dist.destroy_process_group()
     if rank > 0:
         return 0
-    result = dict(summarise(rows), checkpoint=args.checkpoint, data=source, views="%dx%d" % views)
+    if args.video:
+        return show_videos(rows, clips, names)
+    result = dict(summarise(rows), checkpoint=args.checkpoint, data=args.data or run["data"], views="%dx%d" % views,
+                  limit=args.limit)
     print(f"top-1 {100 * result['top1']:.2f} %   top-5 {100 * result['top5']:.2f} %   ({result['videos']} videos,"
           f" {views[0]} clips x {views[1]} crops)")
     if result["failed"]:
@@ -156,7 +188,7 @@ def main(argv=None):
         for *_, error in [row for row in rows if row[-1]][:10]:
             print(f"  {error}")
     result["unreadable"] = [clips.samples[row[0]][0] for row in rows if row[-1]]
-    file = os.path.splitext(args.checkpoint)[0] + f".{source}.json"
+    file = os.path.splitext(args.checkpoint)[0] + f".{result['data']}.json"
     with open(file, "w") as out:
         json.dump(result, out, indent=1)
     print(f"wrote {file}")

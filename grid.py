@@ -70,7 +70,7 @@ def position_code(num_framesets, height, width, patch, dim, rows=4, cols=4):
     t = torch.einsum("ir,jc,nrcd->nijd", row_share, col_share, t)
     y = y[None, :, None].expand(*t.shape[:3], d_yx)
     x = x[None, None, :].expand(*t.shape[:3], d_yx)
-    return torch.cat([y, x, t], dim=-1).flatten(1, 2).float()  # (framesets, rows·cols of patches, dim)
+    return torch.cat([y, x, t], dim=-1).flatten(1, 2).float()  # (framesets, patches, dim)
 
 
 def main(argv=None):

@@ -24,23 +24,22 @@ from adapters import DualPathBlock
 from grid import check_divides, frameset, position_code
 
 METHODS = ("dualpath", "linear", "full")
-TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")
-BACKBONES = {"tiny": f"local-dir:{TINY}"}  # short names
+BACKBONES = {"tiny": "local-dir:" + os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")}  # short names
 NO_TEXT = dict(width=8, heads=1, layers=1, context_length=8, vocab_size=16)  # open_clip insists on a text tower
 
 
 class ModelError(ValueError):
-    """A model or a checkpoint cannot be had as asked; the message is one sentence for the user."""
+    """A model or a checkpoint cannot be had as asked; the message is one sentence for the user, on one line."""
+
+    def __init__(self, message):
+        super().__init__(message.splitlines()[0])
 
 
 # ---------------------------------------------------------------- the image model
-
 def load_image_model(backbone, pretrained, image_size=None):
-    """open_clip's image tower, a VisionTransformer that carries its own image_mean and image_std.
-
-    backbone: an open_clip name, 'tiny', or 'local-dir:DIR' and 'hf-hub:REPO', which bring their own weights.
-    pretrained: a tag, a file, or None for random weights. Raises ModelError, if possible before a download.
-    """
+    """open_clip's image tower, which carries its own image_mean and image_std; raises ModelError, if possible before a
+    download. backbone: an open_clip name, 'tiny', or 'local-dir:DIR' and 'hf-hub:REPO', which bring their own weights.
+    pretrained: a tag, a file, or None for random weights."""
     name = BACKBONES.get(backbone, backbone)
     file = pretrained if pretrained is not None and ":" not in name and os.path.isfile(pretrained) else None
     check_backbone(name, None if file or ":" in name else pretrained)
@@ -49,8 +48,8 @@ def load_image_model(backbone, pretrained, image_size=None):
     try:
         clip = create_clip(name, force_image_size=image_size, **options)
     except Exception as error:  # "no network" alone has dozens of exception types
-        raise ModelError(f"cannot load the image model {backbone!r} with weights {pretrained!r}: {first_line(error)};"
-                         " without a network, download the weights elsewhere and pass the file as --pretrained PATH")
+        hint = " (without a network, download the weights elsewhere and pass the file as --pretrained PATH)"
+        raise ModelError(f"cannot load the image model {backbone!r}{hint * (not ours and ':' not in name)}: {error}")
     if file:
         load_tower(clip, file, backbone, image_size)
     return clip.visual
@@ -71,7 +70,7 @@ def check_backbone(name, tag):
     try:
         config = open_clip.get_model_config(name)
     except Exception as error:  # no such folder, not JSON, no network for hf-hub:
-        raise ModelError(f"cannot read the configuration of backbone {name!r}: {first_line(error)}")
+        raise ModelError(f"cannot read the configuration of backbone {name!r}: {error}")
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models() + list(BACKBONES), n=3, cutoff=0.4)
         raise ModelError(f"open_clip has no model {name!r}; near: {', '.join(near) or 'none, see open_clip.list_models()'}")
@@ -90,10 +89,6 @@ def check_backbone(name, tag):
         raise ModelError(f"{tag!r} is neither a file nor weights open_clip has for {name}; it has {', '.join(tags) or 'none'}")
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def load_tower(clip, path, backbone, image_size):
     """Fill clip.visual from a file that holds a whole CLIP or an image tower; every key must match."""
     try:
@@ -102,9 +97,9 @@ def load_tower(clip, path, backbone, image_size):
         else:
             state = open_clip.factory.load_state_dict(path)
     except Exception as error:  # zip, pickle, json and C++ readers each raise their own kinds
-        raise ModelError(f"cannot read weights from {path}: {first_line(error)}")
-    if not any(k.startswith("visual.") for k in state):
-        state = {f"visual.{k}": v for k, v in state.items()}
+        raise ModelError(f"cannot read weights from {path}: {error}")
+    prefix = "" if any(k.startswith("visual.") for k in state) else "visual."
+    state = {prefix + k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if image_size is not None:
         open_clip.model.resize_pos_embed(state, clip)
     state = {k.removeprefix("visual."): v.float() for k, v in state.items() if k.startswith("visual.")}
@@ -126,17 +121,16 @@ def load_strictly(module, own, state, what):
 
 
 # ---------------------------------------------------------------- the video models
-
 class FrameModel(nn.Module):
     """T_s frames, each an ordinary image; their class features averaged; one linear layer on them.
 
-    `linear` trains that layer alone, `full` everything; the order of the frames plays no part. visual is
-    the image model under open_clip's own names; whatever else a model has is new, and trained.
-    """
+    `linear` trains that layer alone, `full` everything; the order of the frames plays no part. visual is the image
+    model under open_clip's own names; whatever else a model has is new, and trained."""
 
     def __init__(self, visual, num_classes, num_frames, spatial_frames, full=False):
         super().__init__()
         check_divides("the number of frames", num_frames, spatial_frames)
+        check_divides("the image size", visual.image_size[0], visual.patch_size[0])
         self.visual = visual.requires_grad_(full)
         self.num_frames, self.spatial_frames = num_frames, spatial_frames
         for name, value in (("mean", visual.image_mean), ("std", visual.image_std)):
@@ -187,18 +181,17 @@ class DualPath(FrameModel):
     """Two paths through one frozen image model (section 3 of the paper).
 
     Trained: the adapters (blocks), the head, both class tokens and p^SP. A path that is switched off is not
-    built: it has no images, and its feature is None.
-    """
+    built: it has no images, and its feature is None."""
 
     def __init__(self, visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, **adapters):
         super().__init__(visual, num_classes, num_frames, spatial_frames)
         (H, W), d, d_out = visual.image_size, visual.class_embedding.shape[0], visual.output_dim
-        frameset(torch.empty(0, num_frames, 3, H, W), rows, cols)  # says what does not divide
         self.rows, self.cols, self.spatial, self.temporal = rows, cols, paths != "temporal", paths != "spatial"
         self.blocks = nn.ModuleList(DualPathBlock(d, paths=paths, **adapters) for _ in visual.transformer.resblocks)
         visual.class_embedding.requires_grad_(self.spatial)
         visual.positional_embedding.requires_grad_(self.spatial)
         if self.temporal:
+            frameset(torch.empty(0, num_frames, 3, H, W), rows, cols)  # says what does not divide
             # What the frozen blocks know as a class token is the embedding with its position added.
             self.temporal_class_embedding = nn.Parameter((visual.class_embedding + visual.positional_embedding[0]).detach())
             code = position_scale * position_code(num_frames // (rows * cols), H, W, visual.patch_size[0], d, rows, cols)
@@ -232,8 +225,7 @@ def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu
     """A video classifier around a frozen image model: forward((B, T, 3, H, W) uint8) → (B, num_classes).
 
     image_size: None for the image model's own; else its position embedding is interpolated. rows, cols: the
-    frameset's. position_scale: amplitude of p^TP. The rest is explained in adapters.py. Raises ModelError.
-    """
+    frameset's. position_scale: amplitude of p^TP. The rest is explained in adapters.py. Raises ModelError."""
     config = dict(locals())
     if method not in METHODS:
         raise ModelError(f"there is no method {method!r}; the methods are {', '.join(METHODS)}")
@@ -242,8 +234,8 @@ def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu
     visual = load_image_model(backbone, pretrained, image_size)
     try:
         if method == "dualpath":
-            model = DualPath(visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, bottleneck=bottleneck,
-                             dropout=dropout, pre_attention_adapter=pre_attention_adapter, serial_skip=serial_skip)
+            adapters = {k: config[k] for k in ("bottleneck", "dropout", "pre_attention_adapter", "serial_skip", "paths")}
+            model = DualPath(visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, **adapters)
         else:
             model = FrameModel(visual, num_classes, num_frames, spatial_frames, full=method == "full")
     except ValueError as error:
@@ -254,16 +246,16 @@ def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu
 
 
 # ---------------------------------------------------------------- checkpoints
-
 MARK = b"\nsha256 "  # a checkpoint is torch.save's output, this mark, and the SHA-256 of that output in hexadecimal
 
 
 def fingerprint(model):
-    """SHA-256 of the frozen weights as loaded. The position embedding is left out: where the image size is not
-    the image model's own it was interpolated, and the last bits of that differ between processors."""
+    """SHA-256 of the frozen weights as loaded, but for a position embedding that was interpolated to another image size:
+    the last bits of that differ between processors."""
     digest = hashlib.sha256()
     for name, p in model.visual.named_parameters():
-        if not p.requires_grad and name != "positional_embedding" and not p.is_meta:
+        interpolated = name == "positional_embedding" and model.config["image_size"] is not None
+        if not (p.requires_grad or p.is_meta or interpolated):
             digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -330,27 +322,26 @@ def load_checkpoint(path, backbone=None, pretrained=None):
 
 def export_image_model(model, folder):
     """Write a model's image tower as an open_clip folder, for --backbone local-dir:FOLDER."""
-    name = BACKBONES.get(model.config["backbone"], model.config["backbone"])
-    clip = create_clip(name, load_weights=False, text_cfg=NO_TEXT)
+    name, visual = BACKBONES.get(model.config["backbone"], model.config["backbone"]), model.visual
+    config = dict(open_clip.get_model_config(name), text_cfg=NO_TEXT)
+    config["vision_cfg"]["image_size"] = visual.image_size[0]
+    clip = create_clip(name, load_weights=False, text_cfg=NO_TEXT, force_image_size=visual.image_size[0])
     for p in clip.parameters():
         nn.init.zeros_(p)  # the text tower's: nobody uses them
-    clip.visual.load_state_dict(model.visual.state_dict())
+    clip.visual.load_state_dict(visual.state_dict())
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "open_clip_config.json"), "w") as file:
-        json.dump(dict(model_cfg=dict(open_clip.get_model_config(name), text_cfg=NO_TEXT),
-                       preprocess_cfg=dict(mean=model.visual.image_mean, std=model.visual.image_std)), file, indent=1)
+        json.dump(dict(model_cfg=config, preprocess_cfg=dict(mean=visual.image_mean, std=visual.image_std)), file, indent=1)
     safetensors.torch.save_file(clip.state_dict(), os.path.join(folder, "open_clip_model.safetensors"))
 
 
 # ---------------------------------------------------------------- the report
-
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
 def count_gmacs(model):
-    """10⁹ multiply-accumulates, of matmuls and convolutions, in the forward of one clip, counted as it runs, with
-    gradients enabled: the fused attention of CPU inference would hide its products from the counter."""
+    """10⁹ multiply-accumulates of one clip's forward, counted with gradients on: CPU inference hides its attention's."""
     video = torch.zeros(1, model.num_frames, 3, *model.visual.image_size, dtype=torch.uint8, device=model.mean.device)
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         model(video)
@@ -365,8 +356,8 @@ def report(backbones, frames):
         with torch.device("meta"):  # shapes without memory: counting needs no weights
             model = build_model(method, 400, backbone, None, num_frames=T, **options)
             (tuned, everything), gmacs = count_parameters(model), count_gmacs(model)
-        name = method + " + A_t0" * bool(options)
-        print(f"{backbone:20s} {name:16s} {T:3d} {everything / 1e6:8.2f} {tuned / 1e6:8.2f} {gmacs:10.1f}")
+        method += " + A_t0" * bool(options)
+        print(f"{backbone:20s} {method:16s} {T:3d} {everything / 1e6:8.2f} {tuned / 1e6:8.2f} {gmacs:10.1f}")
 
 
 def main(argv=None):

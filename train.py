@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import model as models
-from evaluate import autocast_type, gather, parse_views, predict, start_processes, summarise
+from evaluate import autocast_type, gather, in_turn, parse_views, positive, predict, start_processes, summarise
 
 # What a data set needs beyond the defaults of the options. Names are those of the options.
 RECIPES = {
@@ -48,10 +48,11 @@ def parse(argv):
     add("--data", choices=data.SOURCES, default="demo", help="data set")
     add("--root", help="folder of the data (default data/NAME)")
     add("--out", help="folder of the run (default runs/DATA-METHOD[-PATHS]-sSEED)")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--overwrite", action="store_true", help="delete the run in --out first")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="continue the run in --out")
+    either.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
     add("--init", metavar="CKPT", help="start from this run's weights, with a new head")
-    add("--limit", type=int, metavar="N", help="only the first N videos of each list, for a smoke run")
+    add("--limit", type=positive, metavar="N", help="only the first N videos of each list, for a smoke run")
     add("--seed", type=int, default=0)
     group = parser.add_argument_group("model")
     add = group.add_argument
@@ -59,10 +60,10 @@ def parse(argv):
     add("--paths", choices=("both", "spatial", "temporal"), default="both", help="DualPath's paths, for the ablation")
     add("--backbone", default="ViT-B-16-quickgelu", help="open_clip model, local-dir:DIR, or tiny")
     add("--pretrained", default="openai", help="open_clip tag, a file, or none for random weights")
-    add("--frames", type=int, default=32, help="frames per clip, T")
-    add("--spatial-frames", type=int, default=8, help="frames that the spatial path sees, T_s")
-    add("--size", type=int, help="pixels per side (default the image model's own)")
-    add("--bottleneck", type=int, default=128, help="width of the adapters")
+    add("--frames", type=positive, default=32, help="frames per clip, T")
+    add("--spatial-frames", type=positive, default=8, help="frames that the spatial path sees, T_s")
+    add("--size", type=positive, help="pixels per side (default the image model's own)")
+    add("--bottleneck", type=positive, default=128, help="width of the adapters")
     add("--dropout", type=float, default=0.1, help="in the adapters")
     add("--position-scale", type=float, default=1.0, help="amplitude of the temporal position code")
     add("--pre-attention-adapter", action=argparse.BooleanOptionalAction, default=False, help="A_t0")
@@ -70,17 +71,17 @@ def parse(argv):
     group = parser.add_argument_group("clips")
     add = group.add_argument
     add("--sampling", choices=("dense", "uniform"), default="uniform", help="frames at a stride, or one per segment")
-    add("--stride", type=int, default=4, help="between frames, if dense")
-    add("--test-stride", type=int, default=4, help="the same in testing")
+    add("--stride", type=positive, default=4, help="between frames, if dense")
+    add("--test-stride", type=positive, default=4, help="the same in testing")
     add("--augment", choices=("crop", "translate"), default="crop", help="random resized crop, or whole-pixel shifts")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips (not with translate)")
     add("--views", type=parse_views, metavar="CLIPSxCROPS", default=(3, 1), help="test views that evaluate.py averages")
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--epochs", type=int, default=30)
+    add("--epochs", type=positive, default=30)
     add("--warmup", type=float, default=3, help="epochs of rising learning rate")
-    add("--batch", type=int, default=64, help="clips per step, over all processes")
-    add("--micro-batch", type=int, help="clips per forward and process; the gradients add up (default all)")
+    add("--batch", type=positive, default=64, help="clips per step, over all processes")
+    add("--micro-batch", type=positive, help="clips per forward and process; the gradients add up (default all)")
     add("--lr", type=float, default=1e-3, help="base learning rate, per 256 clips")
     add("--weight-decay", type=float, default=0.05)
     add("--clip-grad", type=float, help="largest norm of the gradient (default no limit)")
@@ -100,41 +101,36 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = start_processes()
     say = print if rank == 0 else lambda *_: None  # rank 0 alone prints and writes
-    barrier = dist.barrier if world > 1 else lambda: None
 
     # ---- data, model, optimiser
-    try:
+    def set_up():
         dtype = autocast_type(args.amp, device)
-        if rank == 0:
-            refuse_a_second_run(args)
-            videos = data.find_videos(args.data, args.root)  # draws the demo at first use
-        barrier()
-        videos = videos if rank == 0 else data.find_videos(args.data, args.root)
-        training, validation = videos.train[:args.limit], videos.val[:args.limit]
+        resumed = find_run(args)
+        videos = data.find_videos(args.data, args.root)  # draws the demo at first use
         if args.batch % world:
             raise data.DataError(f"--batch {args.batch} does not divide by {world} processes")
-        if args.batch > len(training):
-            raise data.DataError(f"--batch {args.batch} is larger than the data set: {len(training)} training videos")
+        if args.batch > len(videos.train[:args.limit]):
+            raise data.DataError(f"--batch {args.batch} is larger than the data set:"
+                                 f" {len(videos.train[:args.limit])} training videos")
         torch.manual_seed(args.seed)
-        build = dict(method=args.method, num_classes=len(videos.classes), backbone=args.backbone, pretrained=args.pretrained,
-                     num_frames=args.frames, spatial_frames=args.spatial_frames, image_size=args.size,
-                     bottleneck=args.bottleneck, dropout=args.dropout, position_scale=args.position_scale, paths=args.paths,
-                     pre_attention_adapter=args.pre_attention_adapter, serial_skip=args.serial_skip)
-        if rank == 0:
-            model = models.build_model(**build)  # downloads the weights at first use
-        barrier()
-        model = (model if rank == 0 else models.build_model(**build)).to(device)
+        model = models.build_model(  # downloads the weights at first use
+            args.method, len(videos.classes), args.backbone, args.pretrained, args.frames, args.spatial_frames, args.size,
+            bottleneck=args.bottleneck, dropout=args.dropout, pre_attention_adapter=args.pre_attention_adapter,
+            serial_skip=args.serial_skip, paths=args.paths, position_scale=args.position_scale)
         if args.init:
             models.load_weights(model, models.read_checkpoint(args.init), args.init, head=False)
-        run = dict(vars(args), classes=videos.classes)
-        resumed = read_last(args, run, say) if args.resume else None
         if resumed:
             models.load_weights(model, resumed, args.out)
-        barrier()
-        if rank == 0:  # from here on the run is its own
-            start_log(args, resumed)
-    except (models.ModelError, data.DataError) as error:
-        raise SystemExit(f"train.py: {error}")
+        return dtype, videos, model.to(device), resumed
+
+    dtype, videos, model, resumed = in_turn(set_up)
+    training, validation = videos.train[:args.limit], videos.val[:args.limit]
+    run = dict(vars(args), classes=videos.classes)
+    first_epoch = resumed["training"]["epoch"] if resumed else 0
+    if world > 1 and len(set(gather([first_epoch]))) > 1:
+        raise SystemExit(f"train.py: not all machines find the same last.pt in {args.out}: its disk must be one they share")
+    if rank == 0:  # from here on the folder is this run's
+        start_log(args, resumed)
 
     size = model.visual.image_size[0]
     clips = data.Clips(training, args.frames, size, args.sampling, args.stride, args.augment, args.flip, args.seed, train=True)
@@ -143,6 +139,7 @@ def main(argv=None):
                         pin_memory=device.type == "cuda", collate_fn=data.collate)
     test_clips = data.Clips(validation, args.frames, size, args.sampling, args.test_stride, views=(1, 1))
 
+    micro = min(args.micro_batch or args.batch, args.batch // world)
     lr = args.lr * args.batch / 256
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=lr, fused=True)
     warmup, total = args.warmup * len(order), args.epochs * len(order)
@@ -150,13 +147,12 @@ def main(argv=None):
                                   0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rise_and_fall)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    step, first_epoch, best = 0, 0, -1.0
+    step, best = first_epoch * len(order), -1.0
     if resumed:
         optimizer.load_state_dict(resumed["training"]["optimizer"])
         scheduler.load_state_dict(resumed["training"]["scheduler"])
         scaler.load_state_dict(resumed["training"]["scaler"])
-        first_epoch, best = resumed["training"]["epoch"], resumed["training"]["best"]
-        step = first_epoch * len(order)
+        best = resumed["training"]["best"]
     trained = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     tuned, everything = models.count_parameters(model)
@@ -178,11 +174,10 @@ def main(argv=None):
         failures = []
         for batch, labels, failed in bar:
             failures += failed
-            if len(failures) > 0.05 * len(clips) / world:
-                raise SystemExit(f"train.py: {len(failures)} videos could not be read, more than 5 % of the epoch's;"
-                                 f" the last: {failed[-1]}")
+            if batch is None or len(failures) > 0.05 * len(clips):
+                raise SystemExit(f"train.py: {len(failures)} videos could not be read, more than 5 % of the data set; the last:"
+                                 f" {failed[-1]}")
             torch.manual_seed(hash((args.seed, step, rank)))  # dropout depends on the step, not on what came before
-            micro = args.micro_batch or len(batch)
             parts = list(zip(batch.split(micro), labels.split(micro)))
             for i, (video, label) in enumerate(parts):
                 video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
@@ -197,20 +192,23 @@ def main(argv=None):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
             scaler.step(optimizer)
             scaler.update()
+            lr = scheduler.get_last_lr()[0]
             scheduler.step()
             optimizer.zero_grad()
             step += 1
             if step % 10 == 0:
-                mean = loss_sum.item() / (step - epoch * len(order))
-                bar.set_postfix(loss=f"{mean:.3f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
+                bar.set_postfix(loss=f"{loss_sum.item() / (step - epoch * len(order)):.3f}", lr=f"{lr:.2e}")
         seconds = time.perf_counter() - start
         if world > 1:
             dist.all_reduce(loss_sum)
             failures = gather(failures)
-        result = summarise(predict(model, test_clips, device, dtype, max(1, args.batch // world), args.workers, "validating"))
+        if not math.isfinite(loss_sum.item()):
+            raise SystemExit(f"train.py: the loss of epoch {epoch + 1} is not finite, so it is not saved; try a lower --lr, or"
+                             " --clip-grad 1")
+        result = summarise(predict(model, test_clips, device, dtype, micro, args.workers, "validating"))
 
         if rank == 0:
-            line = dict(epoch=epoch + 1, lr=scheduler.get_last_lr()[0], train_loss=loss_sum.item() / len(order) / world,
+            line = dict(epoch=epoch + 1, lr=lr, train_loss=loss_sum.item() / len(order) / world,
                         val_top1=result["top1"], val_top5=result["top5"],
                         clips_per_second=round(len(order) * args.batch / seconds, 2),
                         seconds=round(time.perf_counter() - start, 2), failed=len(failures))
@@ -233,37 +231,39 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def refuse_a_second_run(args):
-    """Two runs in one folder would spoil each other: the user says whether to continue or to delete the first."""
-    if os.path.exists(os.path.join(args.out, "log.jsonl")) and not (args.resume or args.overwrite):
-        raise data.DataError(f"{args.out} holds a run already: --resume continues it, --overwrite deletes it,"
-                             " --out DIR goes elsewhere")
-
-
-def read_last(args, run, say):
-    """The checkpoint to continue from, None if there is none yet; refuses one of a run with other options."""
-    last = os.path.join(args.out, "last.pt")
-    if not os.path.exists(last):
-        return say(f"note: there is no {last} to resume from, so the run starts afresh")
-    content = models.read_checkpoint(last)
-    free = ("out", "root", "init", "resume", "overwrite", "workers", "micro_batch")
-    differ = [f"--{k.replace('_', '-')} {run[k]} (was {content['run'].get(k)})" for k in run
-              if k not in free and content["run"].get(k) != run[k]]
-    if differ:
-        raise models.ModelError(f"{last} is of a run with other options: {', '.join(differ)}")
-    return content
+def find_run(args):
+    """The checkpoint of --out to continue from, or None. Raises DataError where a run is in the way: two in one folder
+    would spoil each other, so that the user says what is to become of the first."""
+    last, best, log = (os.path.join(args.out, name) for name in ("last.pt", "best.pt", "log.jsonl"))
+    if args.resume and os.path.exists(last):
+        content = models.read_checkpoint(last)
+        free = ("out", "root", "init", "resume", "overwrite", "workers", "micro_batch")
+        was = content["run"]
+        differ = [f"--{k.replace('_', '-')} {v} (was {was.get(k)})" for k, v in vars(args).items()
+                  if k not in free and was.get(k) != v]
+        if differ:
+            raise data.DataError(f"{last} is of a run with other options: {', '.join(differ)}")
+        return content
+    if any(os.path.exists(path) for path in (last, best)) or (os.path.exists(log) and os.path.getsize(log)):
+        if not args.overwrite:
+            raise data.DataError(f"{args.out} holds a run already: --resume continues it from its last.pt, --overwrite deletes"
+                                 " it, --out DIR goes elsewhere")
+    elif args.resume and os.environ.get("RANK", "0") == "0":
+        print(f"note: there is no {last} to resume from, so the run starts afresh")
+    return None
 
 
 def start_log(args, resumed):
     """Make the folder of the run; keep the log lines of the epochs that `resumed` has seen, and delete other leftovers."""
     os.makedirs(args.out, exist_ok=True)
     log = os.path.join(args.out, "log.jsonl")
-    lines = open(log).readlines() if resumed else []
+    lines = open(log).readlines() if resumed and os.path.exists(log) else []
     with open(log, "w") as file:  # a run that died between its log line and its checkpoint is a line ahead
         file.writelines(lines[:resumed["training"]["epoch"]] if resumed else [])
-    for name in () if resumed else ("last.pt", "best.pt", "failed.txt"):
-        if os.path.exists(os.path.join(args.out, name)):
-            os.remove(os.path.join(args.out, name))
+    if not resumed:
+        for name in os.listdir(args.out):
+            if name in ("last.pt", "best.pt", "failed.txt") or name.startswith(("last.", "best.")) and name.endswith(".json"):
+                os.remove(os.path.join(args.out, name))
 
 
 def parameter_groups(model, weight_decay):
