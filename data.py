@@ -18,7 +18,7 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -157,7 +157,7 @@ def decode_all(stream, packets):
 
 
 def convert(keyed_frames, wanted):
-    """(key, frame) pairs → (len(wanted), H, W, 3) RGB, row by row the frame whose key `wanted` gives; None if one is missing."""
+    """(key, frame) pairs → (len(wanted), H, W, 3) RGB, in the order of the keys in `wanted`; None if one is missing."""
     rows = {}
     for row, key in enumerate(wanted):
         rows.setdefault(key, []).append(row)
@@ -328,7 +328,7 @@ def find_videos(data, root=None):
         raise DataError(f"{root} has no validation videos")
     missing = [path for path, _ in videos.train + videos.val if not os.path.isfile(path)]
     if missing:
-        raise DataError(f"{len(missing)} of {len(videos.train) + len(videos.val)} videos are not there; the first: {missing[0]}")
+        raise DataError(f"{len(missing)} of {len(videos.train + videos.val)} videos are not there; the first: {missing[0]}")
     return videos
 
 
@@ -392,10 +392,10 @@ class Clips(Dataset):
 
 
 def collate(items):
-    """Training items → clips (B, T, 3, S, S) uint8, labels (B,), the messages of videos that could not be read. The clips
-    are None where one found ten unreadable videos in a row."""
+    """Training items → clips (B, T, 3, S, S) uint8 (None after ten unreadable videos in a row), labels (B,), messages."""
     clips, labels, failures = zip(*items)
-    return None if any(clip is None for clip in clips) else torch.stack(clips), torch.tensor(labels), [line for lines in failures for line in lines]
+    clips = None if any(clip is None for clip in clips) else torch.stack(clips)
+    return clips, torch.tensor(labels), sum(failures, [])
 
 
 class BatchOrder(Sampler):

@@ -49,6 +49,8 @@ def in_turn(work):
         if world > 1:
             refusal = next(filter(None, gather([refusal])), None)
     if refusal is not None:
+        if world > 1:
+            dist.destroy_process_group()
         raise SystemExit(f"{os.path.basename(sys.argv[0])}: {refusal}" if rank == 0 else 1)
     return result
 

@@ -1200,7 +1200,7 @@ def two_processes(rank, folder, root):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = models.load_checkpoint(f"{folder}/a.pt")[0].train()
     video, label = torch.load(f"{folder}/batch.pt")
-    parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
     mine = slice(rank * 2, rank * 2 + 2)
     F.cross_entropy(parallel(video[mine]), label[mine]).backward()
     clips = data.Clips(data.find_videos("folder", root).val[:7], 16, 64)  # 7 videos: uneven shares
