@@ -84,7 +84,7 @@ def count_frames(path):
 
 
 def video_packets(container, path):
-    """The best video stream and its compressed packets, in decoding order; an image of an album is not a video."""
+    """The best video stream, not blindly the first, and its compressed packets in decoding order."""
     stream = container.streams.best("video")
     if stream is None or stream.codec_context is None:
         raise VideoError(f"{path} has no video stream that can be decoded")

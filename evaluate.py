@@ -112,11 +112,13 @@ def summarise(rows):
                 top1_readable=top1 / readable, top5_readable=top5 / readable)
 
 
-def positive(text):
-    """A whole number from 1, for argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
+def at_least(least):
+    """The type, for argparse, of whole numbers from `least`."""
+    def parse(text):
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+        return int(text)
+    return parse
 
 
 def parse_views(text):
@@ -145,10 +147,10 @@ def main(argv=None):
     parser.add_argument("--views", type=parse_views, metavar="CLIPSxCROPS", help="views per video (default: the recipe's)")
     parser.add_argument("--backbone", help="where the image model is here, if not where it was in training")
     parser.add_argument("--pretrained", help="likewise, the file or tag of its weights")
-    parser.add_argument("--batch", type=positive, default=8, help="videos per process and step")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="decoding processes")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="videos per process and step")
+    parser.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="decoding processes")
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    parser.add_argument("--limit", type=positive, help="only the first N videos")
+    parser.add_argument("--limit", type=at_least(1), help="only the first N videos")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
     args = parser.parse_args(argv)
     rank, world, device = start_processes()

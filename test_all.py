@@ -1161,7 +1161,7 @@ def test_learning_rate_rises_then_falls_as_half_a_cosine(micro, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (["--batch", "99"], "--batch 99 is larger than the data set: 16"), (["--amp", "fp16"], "--amp fp16 needs a CUDA GPU"),
     (["--frames", "15"], "15.*16"), (["--size", "100"], "100.*96 or 104"), (["--bottleneck", "0"], None), (["--epochs", "0"], None),
-    (["--batch", "-1"], None), (["--resume", "--overwrite"], None), (["--init", "absent.pt"], "no checkpoint absent.pt"), (["--root", "/no/where"], "/no/where")])
+    (["--batch", "-1"], None), (["--workers", "-1"], None), (["--out", __file__], "test_all.py"), (["--resume", "--overwrite"], None), (["--init", "absent.pt"], "no checkpoint absent.pt"), (["--root", "/no/where"], "/no/where")])
 def test_mistakes_on_the_command_line_get_a_sentence(options, words, micro, tmp_path, capsys):
     if torch.cuda.is_available() and "--amp" in options:
         pytest.skip("this machine has a GPU")

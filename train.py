@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import model as models
-from evaluate import autocast_type, gather, in_turn, parse_views, positive, predict, start_processes, summarise
+from evaluate import at_least, autocast_type, gather, in_turn, parse_views, predict, start_processes, summarise
 
 # What a data set needs beyond the defaults of the options. Names are those of the options.
 RECIPES = {
@@ -53,7 +53,7 @@ def parse(argv):
     either.add_argument("--resume", action="store_true", help="continue the run in --out")
     either.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
     add("--init", metavar="CKPT", help="start from this run's weights, with a new head")
-    add("--limit", type=positive, metavar="N", help="only the first N videos of each list, for a smoke run")
+    add("--limit", type=at_least(1), metavar="N", help="only the first N videos of each list, for a smoke run")
     add("--seed", type=int, default=0)
     group = parser.add_argument_group("model")
     add = group.add_argument
@@ -61,10 +61,10 @@ def parse(argv):
     add("--paths", choices=("both", "spatial", "temporal"), default="both", help="DualPath's paths, for the ablation")
     add("--backbone", default="ViT-B-16-quickgelu", help="open_clip model, local-dir:DIR, or tiny")
     add("--pretrained", default="openai", help="open_clip tag, a file, or none for random weights")
-    add("--frames", type=positive, default=32, help="frames per clip, T")
-    add("--spatial-frames", type=positive, default=8, help="frames that the spatial path sees, T_s")
-    add("--size", type=positive, help="pixels per side (default the image model's own)")
-    add("--bottleneck", type=positive, default=128, help="width of the adapters")
+    add("--frames", type=at_least(1), default=32, help="frames per clip, T")
+    add("--spatial-frames", type=at_least(1), default=8, help="frames that the spatial path sees, T_s")
+    add("--size", type=at_least(1), help="pixels per side (default the image model's own)")
+    add("--bottleneck", type=at_least(1), default=128, help="width of the adapters")
     add("--dropout", type=float, default=0.1, help="in the adapters")
     add("--position-scale", type=float, default=1.0, help="amplitude of the temporal position code")
     add("--pre-attention-adapter", action=argparse.BooleanOptionalAction, default=False, help="A_t0")
@@ -72,22 +72,22 @@ def parse(argv):
     group = parser.add_argument_group("clips")
     add = group.add_argument
     add("--sampling", choices=("dense", "uniform"), default="uniform", help="frames at a stride, or one per segment")
-    add("--stride", type=positive, default=4, help="between frames, if dense")
-    add("--test-stride", type=positive, default=4, help="the same in testing")
+    add("--stride", type=at_least(1), default=4, help="between frames, if dense")
+    add("--test-stride", type=at_least(1), default=4, help="the same in testing")
     add("--augment", choices=("crop", "translate"), default="crop", help="random resized crop, or whole-pixel shifts")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips (not with translate)")
     add("--views", type=parse_views, metavar="CLIPSxCROPS", default=(3, 1), help="test views that evaluate.py averages")
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--epochs", type=positive, default=30)
+    add("--epochs", type=at_least(1), default=30)
     add("--warmup", type=float, default=3, help="epochs of rising learning rate")
-    add("--batch", type=positive, default=64, help="clips per step, over all processes")
-    add("--micro-batch", type=positive, help="clips per forward and process; the gradients add up (default all)")
+    add("--batch", type=at_least(1), default=64, help="clips per step, over all processes")
+    add("--micro-batch", type=at_least(1), help="clips per forward and process; the gradients add up (default all)")
     add("--lr", type=float, default=1e-3, help="base learning rate, per 256 clips")
     add("--weight-decay", type=float, default=0.05)
     add("--clip-grad", type=float, help="largest norm of the gradient (default no limit)")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="decoding processes, per training process")
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="decoding processes, per training process")
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**RECIPES[known.data])
     args = parser.parse_args(argv)
@@ -130,8 +130,7 @@ def main(argv=None):
     first_epoch = resumed["training"]["epoch"] if resumed else 0
     if world > 1 and len(set(gather([first_epoch]))) > 1:
         raise SystemExit(f"train.py: not all machines find the same last.pt in {args.out}: its disk must be one they share")
-    if rank == 0:  # from here on the folder is this run's
-        start_log(args, resumed)
+    in_turn(lambda: start_log(args, resumed) if rank == 0 else None)  # from here on the folder is this run's
 
     size = model.visual.image_size[0]
     clips = data.Clips(training, args.frames, size, args.sampling, args.stride, args.augment, args.flip, args.seed, train=True)
