@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 
 # ---------------------------------------------------------------- pieces that every method shares
-
 class Adapter(nn.Module):
     """A(x) = W_up · GELU(W_down · x): (..., d) → (..., d).
 
@@ -47,7 +46,6 @@ def MLP(block, x):
 
 
 # ---------------------------------------------------------------- DualPath (Park, Lee, Sohn, CVPR 2023)
-
 class DualPathBlock(nn.Module):
     """The adapters around one frozen block, which serves both paths.
 

@@ -262,7 +262,7 @@ def list_data(root):
     """ROOT/train.txt and ROOT/val.txt, a line a video: `path label` or `path,label`; a path with spaces is
     quoted, relative paths start at ROOT. ROOT/classes.txt, if there, names the classes, a line each."""
     found = {split: read_list(existing(root, f"{split}.txt"), root) for split in ("train", "val")}
-    number = 1 + max(label for _, label in found["train"])
+    number = min(1 + max(label for _, label in found["train"]), len(found["train"]) + 1)  # each class has a video
     names = os.path.join(root, "classes.txt")
     classes = open(names).read().splitlines() if os.path.isfile(names) else [str(i) for i in range(number)]
     for split, samples in found.items():
@@ -277,7 +277,7 @@ def list_data(root):
 
 def read_list(file, root):
     samples = []
-    with open(file, newline="") as lines:
+    with open(file, newline="", errors="surrogateescape") as lines:  # a path may hold any bytes
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -427,7 +427,6 @@ SAMPLED = (0, 4, 8, 12)  # the frames that the demo's spatial path sees
 
 class Scene:
     """A striped thing on a smooth background; the seed decides everything but its stripes and place.
-
     The stripes, 2 px dark and 2 px light, vanish when a frame is shrunk by 4. The background has no
     noise: behind a moving thing the codec would leave a trace of it that betrays the direction.
     """
@@ -489,7 +488,8 @@ def write_video(path, frames, rate=8, **options):
     with av.open(f"file:{path}", "w") as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        # x264 is not deterministic with mbtree: once in a hundred files it gives other bytes.
+        # With mbtree x264 is not deterministic; with more threads its bytes can depend on the number of cores.
+        stream.codec_context.thread_count = 1
         stream.options = {"preset": "veryfast", "crf": "23", "x264-params": "mbtree=0", **options}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -541,7 +541,7 @@ def main(argv=None):
     for i in tqdm(order, "reading", unit="clip"):
         failures += clips[0, int(i)][2]
     rate = len(order) / (time.perf_counter() - start)
-    print("\n".join(failures[:20] + [f"… and {len(failures) - 20} more"] * (len(failures) > 20)))
+    print("".join(f"{line}\n" for line in failures[:20]), end="")
     print(f"{rate:.1f} clips/s per worker ({args.frames} frames of {args.size} px), so {1000 / rate:.0f} workers for 1,000;"
           f" {len(failures)} reads failed over {len(order)} videos")
 

@@ -896,7 +896,7 @@ def test_lists_and_their_mistakes(tmp_path):
     assert videos.classes == ["0", "1"] and videos.val == [(str(tmp_path / "a.mp4"), 1)]
     (tmp_path / "classes.txt").write_text("walk\nrun\n")
     assert data.find_videos("list", str(tmp_path)).classes == ["walk", "run"]
-    for text, words in (("a.mp4\n", "line 1"), ("a.mp4 0\na.mp4 x\n", "line 2"), ("a.mp4 0\na.mp4 7\n", "label 7"), ("", "no video"),
+    for text, words in (("a.mp4\n", "line 1"), ("a.mp4 0\na.mp4 x\n", "line 2"), ("a.mp4 0\na.mp4 7\n", "label 7"), ("a.mp4 0\na.mp4 4000000000\n", "label 4000000000"), ("", "no video"),
                         ("a.mp4 0\nz.mp4 1\n", "1 of 3 videos are not there; the first.*z.mp4"), ("a.mp4 1\n", "class 0 has none")):
         train.write_text(text)
         with pytest.raises(data.DataError, match=words):
