@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
 # ---------------------------------------------------------------- pieces that every method shares
 class Adapter(nn.Module):
     """A(x) = W_up · GELU(W_down · x): (..., d) → (..., d).
@@ -33,17 +32,14 @@ class Adapter(nn.Module):
     def forward(self, x):
         return self.up(self.dropout(F.gelu(self.down(x))))
 
-
 def MHA(block, x):
     """The frozen attention of an open_clip block, its layer scale (and extra norm) included."""
     h = block.attention(x) if hasattr(block, "attention") else block.ln_attn(block.attn(x))
     return block.ls_1(h)
 
-
 def MLP(block, x):
     """The frozen MLP of an open_clip block, its layer scale included."""
     return block.ls_2(block.mlp(x))
-
 
 # ---------------------------------------------------------------- DualPath (Park, Lee, Sohn, CVPR 2023)
 class DualPathBlock(nn.Module):
@@ -91,7 +87,6 @@ class DualPathBlock(nn.Module):
     def serial(self, A, h):
         return h + A(h) if self.serial_skip else A(h)
 
-
 def main():
     print("tuned parameters in the adapters of all blocks, bottleneck 128")
     for name, d, layers in (("ViT-B", 768, 12), ("ViT-L", 1024, 24)):
@@ -100,7 +95,6 @@ def main():
                 block = DualPathBlock(d, pre_attention_adapter=pre)
             tuned = layers * sum(p.numel() for p in block.parameters())
             print(f"  {name}  dualpath{' + A_t0' if pre else '':7s}  {tuned / 1e6:6.2f} M")
-
 
 if __name__ == "__main__":
     main()

@@ -26,20 +26,16 @@ from grid import frameset
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts")
 
-
 class DataError(ValueError):
     """A data set is not as it should be; the message is one sentence for the user."""
 
-
 class VideoError(Exception):
     """One video cannot be read; the message names it."""
-
 
 # ---------------------------------------------------------------- reading frames
 MAX_PACKETS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS = 500_000, 1 << 30, 1 << 26, 60  # a clip is far below all of them
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,live_flv,asf,ogg,mpegvideo,h264,hevc,gif,ivf,nut,dv,mxf,rm"
 COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)  # AVColorSpace: RGB, BT.709, not said, FCC, BT.601 (5, 6), SMPTE 240M, BT.2020
-
 
 def read_frames(path, indices):
     """Frames of a video file, by number in presentation order → (len(indices), H, W, 3) uint8 RGB, upright.
@@ -75,13 +71,11 @@ def read_frames(path, indices):
     except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise VideoError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
-
 def count_frames(path):
     """The number of frames that read_frames can give; raises VideoError."""
     counts = []
     read_frames(path, lambda count: counts.append(count) or [0])
     return counts[0]
-
 
 def video_packets(container, path):
     """The best video stream, not blindly the first, and its compressed packets in decoding order."""
@@ -102,7 +96,6 @@ def video_packets(container, path):
         raise VideoError(f"{path} has no video frames")
     return stream, packets
 
-
 def presentation_times(stream, packets):
     """The timestamp of frame 0, 1, 2, …, or None if the packets do not tell. A rate times a number would be wrong for
     29.97 frames a second in Matroska's milliseconds, and for variable rates."""
@@ -110,7 +103,6 @@ def presentation_times(stream, packets):
     complete = all(p.pts is not None for p in packets) and len(set(times)) == len(times)
     one_each = stream.codec_context.name not in ("vp8", "libvpx")  # VP8 has packets that show nothing
     return times if complete and one_each else None
-
 
 def needed_packets(packets, targets):
     """Flags of the packets that decoding the frames at `targets` takes: from the key frame before each to itself."""
@@ -123,7 +115,6 @@ def needed_packets(packets, targets):
                 k -= 1
             need[keys[k] if k >= 0 else 0:place + 1] = True
     return need
-
 
 def decode_some(stream, packets, targets):
     """Decoded frames, the ones at `targets` among them, with as little decoding as they take. Ends early where a
@@ -146,7 +137,6 @@ def decode_some(stream, packets, targets):
             return
         yield from frames
 
-
 def decode_all(stream, packets):
     """All frames, in order."""
     stream.codec_context.flush_buffers()
@@ -154,7 +144,6 @@ def decode_all(stream, packets):
     for packet in packets:
         yield from stream.codec_context.decode(packet)
     yield from stream.codec_context.decode(None)
-
 
 def convert(keyed_frames, wanted):
     """(key, frame) pairs → (len(wanted), H, W, 3) RGB, in the order of the keys in `wanted`; None if one is missing."""
@@ -180,7 +169,6 @@ def convert(keyed_frames, wanted):
             return images
     return None
 
-
 def upright(image, frame):
     """Apply the display matrix: a transposition and flips (`frame.rotation` would drop the flips)."""
     for side in frame.side_data:
@@ -190,7 +178,6 @@ def upright(image, frame):
                 image, a, d = image.transpose(1, 0, 2), c, b
             image = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
     return image
-
 
 # ---------------------------------------------------------------- which frames make a clip
 def clip_frames(available, num_frames, sampling, stride, position):
@@ -208,7 +195,6 @@ def clip_frames(available, num_frames, sampling, stride, position):
         frames = np.floor((t + np.clip(position, 0, 1 - 1e-9)) * max(available, num_frames) / num_frames)
     return np.minimum(frames.astype(np.int64), available - 1)
 
-
 # ---------------------------------------------------------------- transforms: (T, 3, H, W) uint8 → (T, 3, size, size) uint8
 def training_transform(augment, size, flip):
     """v2 transforms draw once per call, so that all frames of a clip are treated alike."""
@@ -217,14 +203,12 @@ def training_transform(augment, size, flip):
     crop = [v2.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), antialias=True)]
     return v2.Compose(crop + [v2.RandomHorizontalFlip()] * flip)
 
-
 def test_crops(clip, size, crops):
     """Shorter side to `size`, then 1 (centre) or 3 (start, centre, end of the longer side) squares."""
     clip = v2.functional.resize(clip, [size], antialias=True)
     room = [clip.shape[-2] - size, clip.shape[-1] - size]
     places = [0.5] if crops == 1 else [c / (crops - 1) for c in range(crops)]
     return [v2.functional.crop(clip, round(room[0] * p), round(room[1] * p), size, size) for p in places]
-
 
 # ---------------------------------------------------------------- data sets on disk
 @dataclass
@@ -233,7 +217,6 @@ class Videos:
     train: list
     val: list
     classes: list
-
 
 def folder_data(root):
     """ROOT/train/CLASS/*.mp4 and ROOT/val/CLASS/*.mp4; the classes are train's folders, sorted."""
@@ -257,7 +240,6 @@ def folder_data(root):
         found[split] = [(path, label) for _, label, path in sorted(found[split])]
     return Videos(found["train"], found["val"], classes)
 
-
 def list_data(root):
     """ROOT/train.txt and ROOT/val.txt, a line a video: `path label` or `path,label`; a path with spaces is
     quoted, relative paths start at ROOT. ROOT/classes.txt, if there, names the classes, a line each."""
@@ -273,7 +255,6 @@ def list_data(root):
     if missing or len(classes) < 2:
         raise DataError(f"{root}/train.txt needs two classes at least and a video of each; class {(missing + [1])[0]} has none")
     return Videos(found["train"], found["val"], classes)
-
 
 def read_list(file, root):
     samples = []
@@ -293,28 +274,23 @@ def read_list(file, root):
         raise DataError(f"{file} lists no video")
     return samples
 
-
 def existing(root, name):
     path = os.path.join(root, name)
     if not os.path.exists(path):
         raise DataError(f"{path} is not there; --root {root} should hold it")
     return path
 
-
 def demo_data(root):
     draw_once(root, "train", 1536, draw_moving, MOVING_CLASSES)
     draw_once(root, "val", 256, draw_moving, MOVING_CLASSES)
     return folder_data(root)
-
 
 def stills_data(root):
     draw_once(root, "train", 24600, draw_still, STILL_CLASSES)
     draw_once(root, "val", 410, draw_still, STILL_CLASSES)
     return folder_data(root)
 
-
 SOURCES = dict(demo=demo_data, stills=stills_data, folder=folder_data, list=list_data)
-
 
 def find_videos(data, root=None):
     """The lists of a data set, every file of which exists; raises DataError."""
@@ -330,7 +306,6 @@ def find_videos(data, root=None):
     if missing:
         raise DataError(f"{len(missing)} of {len(videos.train + videos.val)} videos are not there; the first: {missing[0]}")
     return videos
-
 
 # ---------------------------------------------------------------- samples and batches
 class Clips(Dataset):
@@ -390,13 +365,11 @@ class Clips(Dataset):
         views = [crop for clip in frames.split(self.num_frames) for crop in test_crops(clip, self.size, crops)]
         return torch.stack(views), label, index, None
 
-
 def collate(items):
     """Training items → clips (B, T, 3, S, S) uint8 (None after ten unreadable videos in a row), labels (B,), messages."""
     clips, labels, failures = zip(*items)
     clips = None if any(clip is None for clip in clips) else torch.stack(clips)
     return clips, torch.tensor(labels), sum(failures, [])
-
 
 class BatchOrder(Sampler):
     """The training batches of this process: lists of (epoch, index). The order depends on (seed, epoch)
@@ -415,7 +388,6 @@ class BatchOrder(Sampler):
             batch = order[step * self.global_batch:(step + 1) * self.global_batch]
             yield [(self.epoch, int(i)) for i in np.array_split(batch, self.world)[self.rank]]
 
-
 # ---------------------------------------------------------------- drawn data: the demo and its stills
 MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 TEXTURES = ("horizontal", "vertical")
@@ -423,7 +395,6 @@ MOVING_CLASSES = [(motion, texture) for motion in MOTIONS for texture in TEXTURE
 STILL_CLASSES = [(texture, cell) for texture in TEXTURES for cell in range(16)] + [("sheet", cell) for cell in range(9)]
 SIZE, FRAMES = 64, 16  # what the `tiny` backbone and the demo's recipe take
 SAMPLED = (0, 4, 8, 12)  # the frames that the demo's spatial path sees
-
 
 class Scene:
     """A striped thing on a smooth background; the seed decides everything but its stripes and place.
@@ -451,7 +422,6 @@ class Scene:
         image = np.where((depth > 0)[..., None], self.colour + stripes[..., None], self.background)
         return image.round().clip(0, 255).astype(np.uint8)
 
-
 def draw_moving(seed, motion, texture):
     """One clip of the demo → (16, 64, 64, 3) uint8. With the same seed, left and right (up and down) show
     the same sampled frames in opposite order: the path is centred on the middle of those."""
@@ -464,7 +434,6 @@ def draw_moving(seed, motion, texture):
     (dy, dx) = MOTIONS[motion]
     cy, cx = (along, across) if dy else (across, along)
     return np.stack([scene.draw(texture, cy + dy * s, cx + dx * s) for s in steps])
-
 
 def draw_still(seed, kind, cell):
     """One still, a clip of one frame → (1, 64, 64, 3) uint8. Either one thing, whose texture and cell (4 x 4)
@@ -482,7 +451,6 @@ def draw_still(seed, kind, cell):
     frames = torch.from_numpy(np.stack([scene.draw(texture, place(cy), place(cx)) for _ in range(16)]))
     return frameset(frames.permute(0, 3, 1, 2)[None])[0].permute(0, 2, 3, 1).numpy()
 
-
 def write_video(path, frames, rate=8, **options):
     """frames (T, H, W, 3) uint8 → an H.264 mp4 at `path`, the same bytes every time."""
     with av.open(f"file:{path}", "w") as container:
@@ -494,7 +462,6 @@ def write_video(path, frames, rate=8, **options):
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-
 
 def draw_once(root, split, number, draw, classes):
     """Draw and encode a drawn data set into ROOT/SPLIT, unless it is there. A folder appears only whole."""
@@ -514,11 +481,9 @@ def draw_once(root, split, number, draw, classes):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-
 def draw_file(job):
     folder, i, seed, draw, kind = job
     write_video(os.path.join(folder, "_".join(map(str, kind)), f"{i:05d}.mp4"), draw(seed, *kind))
-
 
 # ---------------------------------------------------------------- check a data set
 def main(argv=None):
@@ -544,7 +509,6 @@ def main(argv=None):
     print("".join(f"{line}\n" for line in failures[:20]), end="")
     print(f"{rate:.1f} clips/s per worker ({args.frames} frames of {args.size} px), so {1000 / rate:.0f} workers for 1,000;"
           f" {len(failures)} reads failed over {len(order)} videos")
-
 
 if __name__ == "__main__":
     main()

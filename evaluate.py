@@ -21,7 +21,6 @@ from tqdm import tqdm
 import data
 import model as models
 
-
 def start_processes():
     """(rank, world, device); joins the process group exactly when torchrun started us."""
     cuda = torch.cuda.is_available()
@@ -33,7 +32,6 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
-
 
 def in_turn(work):
     """work() in the first process, then in the others, so that what it draws or downloads is there for them. Where it
@@ -54,7 +52,6 @@ def in_turn(work):
         raise SystemExit(f"{os.path.basename(sys.argv[0])}: {refusal}" if rank == 0 else 1)
     return result
 
-
 def autocast_type(name, device):
     """The compute type of --amp: auto is bfloat16 on GPUs that have it, float16 on others, none on CPUs."""
     if name == "off" or (name == "auto" and device.type != "cuda"):
@@ -64,7 +61,6 @@ def autocast_type(name, device):
     if name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
 
 @torch.no_grad()
 def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evaluating"):
@@ -94,13 +90,11 @@ def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evalua
     model.train(was_training)
     return sorted(gather(rows) if world > 1 else rows)
 
-
 def gather(rows):
     """The lists of all processes, joined, in every process."""
     shards = [None] * dist.get_world_size()
     dist.all_gather_object(shards, rows)
     return [row for shard in shards for row in shard]
-
 
 def summarise(rows):
     """Accuracies as fractions: over all videos, where one that cannot be read counts as wrong, and over the readable."""
@@ -111,7 +105,6 @@ def summarise(rows):
     return dict(videos=len(rows), failed=failed, top1=top1 / len(rows), top5=top5 / len(rows),
                 top1_readable=top1 / readable, top5_readable=top5 / readable)
 
-
 def at_least(least):
     """The type, for argparse, of whole numbers from `least`."""
     def parse(text):
@@ -120,14 +113,12 @@ def at_least(least):
         return int(text)
     return parse
 
-
 def parse_views(text):
     """'3x1' → (3 clips, 1 crop)."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not CLIPSxCROPS, such as 3x1")
     return int(match[1]), int(match[2])
-
 
 def show_videos(rows, clips, names):
     """Print the five likeliest classes of each video; 1 if one could not be read, else 0."""
@@ -136,7 +127,6 @@ def show_videos(rows, clips, names):
         for c, score in zip(classes, scores):
             print(f"  {100 * score:5.1f} %  {names[c]}")
     return int(any(error for *_, error in rows))
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Accuracy of a checkpoint over all views, or what is in a video.")
@@ -206,7 +196,6 @@ def main(argv=None):
                                + [cell for c, s in zip(classes, scores) for cell in (names[c], f"{s:.6f}")])
         print(f"wrote {args.predictions}")
     return 0
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

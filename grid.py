@@ -11,7 +11,6 @@ import sys
 import torch
 import torch.nn.functional as F
 
-
 def frameset(video, rows=4, cols=4):
     """Tile each run of rows·cols consecutive frames into one image of the frames' own size.
 
@@ -28,7 +27,6 @@ def frameset(video, rows=4, cols=4):
     small = small.view(B, n, rows, cols, C, h, w)
     return small.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, n, C, H, W)  # C, (rows h), (cols w)
 
-
 def check_divides(what, number, divisor):
     """Raise a ValueError that names the nearest numbers that would have worked."""
     below = number // divisor * divisor
@@ -36,13 +34,11 @@ def check_divides(what, number, divisor):
         nearest = f"{below} or {below + divisor}" if below else f"{divisor}"
         raise ValueError(f"{what} is {number}, which does not divide by {divisor}; the nearest that works is {nearest}")
 
-
 def sincos(position, dim):
     """The usual sine-cosine code of real positions: (...,) → (..., dim), dim even, base 10000."""
     frequency = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angle = position[..., None].double() * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
 
 def position_code(num_framesets, height, width, patch, dim, rows=4, cols=4):
     """p^TP, the fixed code of every patch of every frameset → (num_framesets, patches, dim), float32.
@@ -72,7 +68,6 @@ def position_code(num_framesets, height, width, patch, dim, rows=4, cols=4):
     x = x[None, None, :].expand(*t.shape[:3], d_yx)
     return torch.cat([y, x, t], dim=-1).flatten(1, 2).float()  # (framesets, patches, dim)
 
-
 def main(argv=None):
     import av
     from PIL import Image
@@ -95,7 +90,6 @@ def main(argv=None):
     picture = frameset(video[None].float())[0, 0].round().byte()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(argv[1])
     print(f"{argv[1]}: 16 of {len(frames)} frames as one {side}x{side} frameset, in time order")
-
 
 if __name__ == "__main__":
     main()

@@ -27,13 +27,11 @@ METHODS = ("dualpath", "linear", "full")
 BACKBONES = {"tiny": "local-dir:" + os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")}  # short names
 NO_TEXT = dict(width=8, heads=1, layers=1, context_length=8, vocab_size=16)  # open_clip insists on a text tower
 
-
 class ModelError(ValueError):
     """A model or a checkpoint cannot be had as asked; the message is one sentence for the user, on one line."""
 
     def __init__(self, message):
         super().__init__(message.splitlines()[0])
-
 
 # ---------------------------------------------------------------- the image model
 def load_image_model(backbone, pretrained, image_size=None):
@@ -54,7 +52,6 @@ def load_image_model(backbone, pretrained, image_size=None):
         load_tower(clip, file, backbone, image_size)
     return clip.visual
 
-
 def create_clip(name, **options):
     """open_clip.create_model without its log lines; what matters in them is checked here, not logged."""
     logging.disable(logging.ERROR)
@@ -62,7 +59,6 @@ def create_clip(name, **options):
         return open_clip.create_model(name, device=torch.get_default_device(), **options)
     finally:
         logging.disable(logging.NOTSET)
-
 
 def check_backbone(name, tag):
     """Refuse what is not a ViT with a class token, and weights that were trained with another activation: there
@@ -88,7 +84,6 @@ def check_backbone(name, tag):
     if tag and tag not in tags:
         raise ModelError(f"{tag!r} is neither a file nor weights open_clip has for {name}; it has {', '.join(tags) or 'none'}")
 
-
 def load_tower(clip, path, backbone, image_size):
     """Fill clip.visual from a file that holds a whole CLIP or an image tower; every key must match."""
     try:
@@ -109,7 +104,6 @@ def load_tower(clip, path, backbone, image_size):
         print(f"note: {path} cannot tell its activation, {backbone} uses {activation}; OpenAI's, dfn2b's and metaclip's"
               " weights want a -quickgelu backbone", file=sys.stderr)
 
-
 def load_strictly(module, own, state, what):
     """Copy `state` over `own`, a part of module's state; a missing, surplus or misshapen tensor is a ModelError."""
     have, want = ({k: tuple(v.shape) for k, v in tensors.items() if isinstance(v, torch.Tensor)} for tensors in (state, own))
@@ -118,7 +112,6 @@ def load_strictly(module, own, state, what):
     if wrong:
         raise ModelError(f"{what}: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     module.load_state_dict(state, strict=False)
-
 
 # ---------------------------------------------------------------- the video models
 class FrameModel(nn.Module):
@@ -176,7 +169,6 @@ class FrameModel(nn.Module):
         """The class tokens' features, averaged over each clip's images: (batch·n, L, d) → (batch, d_out)."""
         return (self.visual.ln_post(tokens[:, 0]) @ self.visual.proj).unflatten(0, (batch, -1)).mean(dim=1)
 
-
 class DualPath(FrameModel):
     """Two paths through one frozen image model (section 3 of the paper).
 
@@ -218,7 +210,6 @@ class DualPath(FrameModel):
             x, z = adapted(block, x, z)
         return self.class_feature(x, B) if self.spatial else None, self.class_feature(z, B) if self.temporal else None
 
-
 def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu", pretrained="openai",
                 num_frames=32, spatial_frames=8, image_size=None, rows=4, cols=4, bottleneck=128, dropout=0.1,
                 pre_attention_adapter=False, serial_skip=False, paths="both", position_scale=1.0):
@@ -244,10 +235,8 @@ def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu
     model.fingerprint = fingerprint(model)
     return model.train()
 
-
 # ---------------------------------------------------------------- checkpoints
 MARK = b"\nsha256 "  # a checkpoint is torch.save's output, this mark, and the SHA-256 of that output in hexadecimal
-
 
 def fingerprint(model):
     """SHA-256 of the frozen weights as loaded, but for a position embedding that was interpolated to another image size:
@@ -260,12 +249,10 @@ def fingerprint(model):
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-
 def saved_weights(model):
     """What a checkpoint holds: the trained weights; where the frozen ones are random, those too."""
     tuned = {name for name, p in model.named_parameters() if p.requires_grad}
     return {k: v for k, v in model.state_dict().items() if k in tuned or model.config["pretrained"] is None}
-
 
 def save_checkpoint(path, model, run, training=None):
     """Write what was trained, and what rebuilds the model around it, atomically, with a SHA-256 over all. run: plain
@@ -278,7 +265,6 @@ def save_checkpoint(path, model, run, training=None):
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
-
 
 def read_checkpoint(path):
     """The content of a checkpoint, once its SHA-256 has been checked; raises ModelError."""
@@ -297,7 +283,6 @@ def read_checkpoint(path):
         raise ModelError(f"{path} is refused: it holds other things than this project's plain values and tensors")
     return content
 
-
 def load_weights(model, content, path, head=True):
     """Copy a checkpoint's weights, or all but its head's, into a model that was built alike; raises ModelError."""
     theirs = content["model"]
@@ -306,7 +291,6 @@ def load_weights(model, content, path, head=True):
                          f" it wants {theirs['backbone']!r} with weights {theirs['pretrained']!r}")
     chosen = lambda weights: {k: v for k, v in weights.items() if head or not k.startswith("head.")}
     load_strictly(model, chosen(saved_weights(model)), chosen(content["weights"]), f"{path} does not fit the model")
-
 
 def load_checkpoint(path, backbone=None, pretrained=None):
     """Rebuild the model of a checkpoint, in eval mode → (model, the checkpoint's content); raises ModelError.
@@ -318,7 +302,6 @@ def load_checkpoint(path, backbone=None, pretrained=None):
     model = build_model(**config)
     load_weights(model, content, path)
     return model.eval(), content
-
 
 def export_image_model(model, folder):
     """Write a model's image tower as an open_clip folder, for --backbone local-dir:FOLDER."""
@@ -334,11 +317,9 @@ def export_image_model(model, folder):
         json.dump(dict(model_cfg=config, preprocess_cfg=dict(mean=visual.image_mean, std=visual.image_std)), file, indent=1)
     safetensors.torch.save_file(clip.state_dict(), os.path.join(folder, "open_clip_model.safetensors"))
 
-
 # ---------------------------------------------------------------- the report
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
-
 
 def count_gmacs(model):
     """10⁹ multiply-accumulates of one clip's forward, counted with gradients on: CPU inference hides its attention's."""
@@ -346,7 +327,6 @@ def count_gmacs(model):
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         model(video)
     return counter.get_total_flops() / 2e9
-
 
 def report(backbones, frames):
     print(f"{'backbone':20s} {'method':16s} {'T':>3s} {'all M':>8s} {'tuned M':>8s} {'GMACs/view':>10s}")
@@ -358,7 +338,6 @@ def report(backbones, frames):
             (tuned, everything), gmacs = count_parameters(model), count_gmacs(model)
         method += " + A_t0" * bool(options)
         print(f"{backbone:20s} {method:16s} {T:3d} {everything / 1e6:8.2f} {tuned / 1e6:8.2f} {gmacs:10.1f}")
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Parameters and multiply-accumulates of each method.")
@@ -374,7 +353,6 @@ def main(argv=None):
             report(args.backbone, args.frames)
     except ModelError as error:
         raise SystemExit(f"model.py: {error}")
-
 
 if __name__ == "__main__":
     main()

@@ -28,15 +28,12 @@ SHARED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "shared"
 needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason="the folder ../shared with real videos and weights is not here")
 TINY = dict(backbone="tiny", pretrained="here", num_classes=8, num_frames=16, spatial_frames=4, bottleneck=16)
 
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 
-
 def random_video(batch=2, frames=16, size=64):
     return torch.randint(0, 256, (batch, frames, 3, size, size), dtype=torch.uint8)
-
 
 def vit_folder(folder, quick_gelu=False, **vision):
     """An open_clip folder without weights: the backbone local-dir:FOLDER for --pretrained none."""
@@ -47,14 +44,12 @@ def vit_folder(folder, quick_gelu=False, **vision):
         json.dump(dict(model_cfg=config, preprocess_cfg=dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])), file)
     return f"local-dir:{folder}"
 
-
 def randomise(module):
     """At the start W_up and the biases are zero, which would hide most mistakes."""
     for p in module.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
     return module
-
 
 # ---------------------------------------------------------------- grid.py
 
@@ -70,7 +65,6 @@ def test_every_pixel_of_a_frameset_comes_from_the_right_frame():
                     t = 8 * n + y // h * cols + x // w
                     assert (sets[b, n, :, y, x] - (16 * b + t)).abs().max() < 1e-4
 
-
 def test_frames_keep_their_upright_picture_in_the_frameset():
     frame = torch.zeros(1, 4, 1, 8, 8)
     frame[:, 2, :, :4, :] = 1  # the third frame's upper half
@@ -78,16 +72,13 @@ def test_frames_keep_their_upright_picture_in_the_frameset():
     assert small[4:, :4][:2].mean() > 0.8 and small[4:, :4][2:].mean() < 0.2
     assert small[:4].abs().max() == 0 and small[4:, 4:].abs().max() == 0
 
-
 def test_shrinking_is_antialiased():
     stripes = (torch.arange(64) // 2 % 2 * 100.0).expand(1, 16, 3, 64, 64)
     inner = grid.frameset(stripes)[..., 2:14]
     assert (inner - 50).abs().max() < 1
 
-
 def test_framesets_keep_uint8():
     assert grid.frameset(random_video()).dtype == torch.uint8
-
 
 @pytest.mark.parametrize("shape, numbers", [((1, 20, 3, 64, 64), ("20", "16", "32")), ((1, 16, 3, 62, 64), ("62", "60", "64")),
                                             ((1, 16, 3, 64, 66), ("66", "64", "68")), ((1, 0, 3, 64, 64), ("0", "16"))])
@@ -95,7 +86,6 @@ def test_what_does_not_divide_is_refused_with_the_nearest_that_does(shape, numbe
     with pytest.raises(ValueError) as error:
         grid.frameset(torch.zeros(shape))
     assert all(number in str(error.value) for number in numbers)
-
 
 @pytest.mark.parametrize("rows, cols, height, width, patch, dim", [(4, 4, 56, 56, 8, 64), (2, 3, 28, 42, 7, 20), (2, 2, 32, 32, 8, 48)])
 def test_position_code_is_the_mean_over_pixels_of_the_pixels_codes(rows, cols, height, width, patch, dim):
@@ -118,7 +108,6 @@ def test_position_code_is_the_mean_over_pixels_of_the_pixels_codes(rows, cols, h
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), want.reshape(sets, -1, dim), atol=1e-6)
 
-
 def test_grid_as_a_script(tmp_path, capsys):
     clip, picture = str(tmp_path / "a:b.mp4"), str(tmp_path / "grid.png")
     data.write_video(clip, data.draw_moving(1, "left", "vertical"))
@@ -126,7 +115,6 @@ def test_grid_as_a_script(tmp_path, capsys):
     assert os.path.getsize(picture) > 0 and "64x64" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="cannot read .*test_all"):
         grid.main([__file__, picture])
-
 
 # ---------------------------------------------------------------- adapters.py
 
@@ -140,7 +128,6 @@ def test_adapter_is_its_equation_and_starts_as_nothing():
     torch.testing.assert_close(A(x), gelu @ A.up.weight.T + A.up.bias)
     assert A.train()(x).ne(A(x)).any()  # dropout
 
-
 def naive_MHA(block, x, heads):
     """Attention from its definition, for the weights of an open_clip block of either kind."""
     a = block.attn
@@ -151,18 +138,15 @@ def naive_MHA(block, x, heads):
     h = getattr(block, "ln_attn", torch.nn.Identity())(h)
     return h * getattr(block.ls_1, "gamma", 1)
 
-
 def naive_MLP(block, x):
     hidden = F.gelu(x @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias)
     return (hidden @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias) * getattr(block.ls_2, "gamma", 1)
-
 
 def frozen_block(kind):
     from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
     if kind == "custom":
         return randomise(CustomResidualAttentionBlock(24, 3, ls_init_value=0.5, scale_attn=True)).double().requires_grad_(False)
     return randomise(ResidualAttentionBlock(24, 3, ls_init_value=0.5 if kind == "layer scale" else None)).double().requires_grad_(False)
-
 
 @pytest.mark.parametrize("kind", ["plain", "layer scale", "custom"])
 @pytest.mark.parametrize("pre", [False, True])
@@ -187,7 +171,6 @@ def test_block_is_the_papers_equations(kind, pre, skip):
     torch.testing.assert_close(got_x, x)
     torch.testing.assert_close(got_z, z)
 
-
 def test_new_block_is_the_image_models_on_one_path_and_the_identity_on_the_other():
     block = frozen_block("plain")
     x, z = torch.randn(4, 5, 24, dtype=torch.float64), torch.randn(2, 5, 24, dtype=torch.float64)
@@ -196,7 +179,6 @@ def test_new_block_is_the_image_models_on_one_path_and_the_identity_on_the_other
     assert torch.equal(new_z, z)
     _, new_z = adapters.DualPathBlock(24, 8, serial_skip=True).double()(block, x, z)
     torch.testing.assert_close(new_z, block(z))
-
 
 @pytest.mark.parametrize("paths", ["spatial", "temporal"])
 def test_block_of_one_path_is_that_path_of_both(paths):
@@ -211,7 +193,6 @@ def test_block_of_one_path_is_that_path_of_both(paths):
     for g, w in zip(got, want):
         assert len(g) == 0 or torch.allclose(g, w)
     assert sorted(map(len, got)) == sorted([0, 4 if paths == "spatial" else 2])
-
 
 # ---------------------------------------------------------------- model.py: the video models
 
@@ -236,7 +217,6 @@ def test_spatial_feature_starts_as_open_clips_own(backbone, tmp_path):
     assert y_sp.shape == y_tp.shape == want.shape
     assert ((y_sp - want).norm() / want.norm()).item() <= 1e-5
 
-
 def test_temporal_path_starts_with_the_framesets_tokens_and_positions():
     model = models.build_model(**TINY, position_scale=0.3)
     video = random_video()
@@ -250,7 +230,6 @@ def test_temporal_path_starts_with_the_framesets_tokens_and_positions():
     torch.testing.assert_close(model.features(video)[1], want, rtol=1e-4, atol=1e-5)
     assert not any("temporal_position" in k for k in model.state_dict())
 
-
 def test_framesets_positions_differ_and_each_is_used(tmp_path):
     options = dict(TINY, backbone=vit_folder(tmp_path), pretrained=None, num_frames=32)
     model = randomise(models.build_model(**options)).eval()
@@ -258,7 +237,6 @@ def test_framesets_positions_differ_and_each_is_used(tmp_path):
     forward, backward = torch.cat([video, 255 - video], 1), torch.cat([255 - video, video], 1)
     assert model.temporal_position.shape[0] == 2
     assert not torch.allclose(model.features(forward)[1], model.features(backward)[1], atol=1e-4)
-
 
 @pytest.mark.parametrize("options", [dict(pre_attention_adapter=True), dict(serial_skip=True), dict(paths="spatial"),
                                      dict(paths="temporal"), dict(method="linear"), dict(method="full")])
@@ -279,7 +257,6 @@ def test_gradients_reach_what_is_trained_and_nothing_else(options):
         assert any(".A_t" in n for n in tuned) == (paths != "spatial") and any(".A_s" in n for n in tuned) == (paths != "temporal")
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 
-
 def test_paths_and_clips_do_not_leak_into_each_other():
     model = randomise(models.build_model(**TINY)).eval()
     video = random_video(3)
@@ -298,7 +275,6 @@ def test_paths_and_clips_do_not_leak_into_each_other():
         last_sp, last_tp = model.features(video)
     assert same(last_sp, new_sp) and not same(last_tp, new_tp)
 
-
 def test_shuffled_frames_change_dualpath_and_leave_the_frame_methods():
     video, order = random_video(2, 4), [2, 0, 3, 1]
     for method in ("linear", "full"):
@@ -308,18 +284,15 @@ def test_shuffled_frames_change_dualpath_and_leave_the_frame_methods():
     video = random_video(2, 16)
     assert not torch.allclose(model(video), model(video[:, torch.randperm(16)]), atol=1e-3)
 
-
 def test_a_still_is_a_clip_of_one_frame():
     model = models.build_model(**dict(TINY, method="full", num_frames=1, spatial_frames=1))
     assert model(random_video(2, 1)).shape == (2, 8)
-
 
 def test_the_image_models_own_dropout_stays_off(tmp_path):
     options = dict(TINY, backbone=vit_folder(tmp_path, patch_dropout=0.5), pretrained=None, dropout=0.0)
     model = models.build_model(**options).train()
     video = random_video(size=32)
     assert model.training and torch.equal(model(video), model(video))
-
 
 @pytest.mark.parametrize("backbone, classes, pre, tuned", [
     ("ViT-B-16-quickgelu", 400, False, 10.36), ("ViT-L-14-quickgelu", 400, False, 27.03),
@@ -329,13 +302,11 @@ def test_tuned_parameters_are_the_papers(backbone, classes, pre, tuned):
         model = models.build_model(backbone=backbone, pretrained=None, num_classes=classes, pre_attention_adapter=pre)
     assert round(models.count_parameters(model)[0] / 1e6, 2) == tuned
 
-
 @pytest.mark.parametrize("frames, gmacs", [(16, 166), (32, 185), (48, 203)])
 def test_multiply_accumulates_grow_by_one_image_per_16_frames(frames, gmacs):
     with torch.device("meta"):
         model = models.build_model(pretrained=None, num_frames=frames)
         assert models.count_gmacs(model) == pytest.approx(gmacs, rel=0.01)
-
 
 def test_the_reports(capsys):
     models.main(["--backbone", "tiny", "--frames", "16"])
@@ -343,19 +314,16 @@ def test_the_reports(capsys):
     adapters.main()
     assert "9.48 M" in capsys.readouterr().out
 
-
 def test_wrong_video_is_refused():
     model = models.build_model(**TINY)
     for video in (random_video(frames=32), random_video(size=32), random_video().float(), random_video()[0]):
         with pytest.raises(ValueError, match="16, 3, 64, 64"):
             model(video)
 
-
 def test_another_image_size_interpolates_the_position_embedding():
     model = models.build_model(**TINY, image_size=96)
     assert model.visual.positional_embedding.shape[0] == 1 + 12 * 12
     assert model(random_video(size=96)).shape == (2, 8)
-
 
 @pytest.mark.parametrize("options, words", [
     (dict(num_frames=20), "20.*16 or 32"), (dict(spatial_frames=3), "16.*3.*15 or 18"), (dict(image_size=72, num_frames=20, rows=5), "72.*5.*70 or 75"),
@@ -364,7 +332,6 @@ def test_wrong_options_get_a_sentence(options, words):
     with pytest.raises(models.ModelError, match=words):
         models.build_model(**{**TINY, **options})
 
-
 # ---------------------------------------------------------------- model.py: the image model's weights
 
 @pytest.fixture
@@ -372,7 +339,6 @@ def offline(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("this must be refused before anything is built or downloaded")
     monkeypatch.setattr(open_clip, "create_model", refuse)
-
 
 @pytest.mark.parametrize("backbone, tag, words", [
     ("ViT-B-16", "openai", "QuickGELU.*ViT-B-16-quickgelu"), ("ViT-L-14", "dfn2b", "ViT-L-14-quickgelu"),
@@ -383,7 +349,6 @@ def test_weights_and_backbones_that_do_not_belong_together_are_refused_at_once(b
     with pytest.raises(models.ModelError, match=words):
         models.build_model(backbone=backbone, pretrained=tag)
 
-
 def test_without_a_network_the_sentence_says_what_to_do(monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("Name or service not known\nand forty more lines")
@@ -392,11 +357,9 @@ def test_without_a_network_the_sentence_says_what_to_do(monkeypatch):
         models.build_model(pretrained="openai")
     assert "forty" not in str(error.value)
 
-
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(models.ModelError, match="could not be loaded"):
         models.build_model(backbone=vit_folder(tmp_path), pretrained="openai")
-
 
 @pytest.fixture(scope="module")
 def builtin(tmp_path_factory):
@@ -407,7 +370,6 @@ def builtin(tmp_path_factory):
         json.dump(dict(embed_dim=24, vision_cfg=vision, text_cfg=models.NO_TEXT), file)
     open_clip.add_model_config(folder / "small-vit.json")
     return "small-vit"
-
 
 class Holder(torch.nn.Module):
     """A module with the state of a CLIP, to be scripted as OpenAI's archives are."""
@@ -428,7 +390,6 @@ class Holder(torch.nn.Module):
     def forward(self):
         return self.logit_scale
 
-
 @pytest.mark.parametrize("kind", ["clip.pt", "tower.bin", "training.pt", "clip.safetensors", "torchscript.pt"])
 def test_weights_come_from_local_files(kind, builtin, tmp_path, capsys):
     clip = models.create_clip(builtin)
@@ -445,7 +406,6 @@ def test_weights_come_from_local_files(kind, builtin, tmp_path, capsys):
     assert all(torch.equal(v, tower[k]) for k, v in model.visual.state_dict().items())
     assert "uses GELU" in capsys.readouterr().err
 
-
 @pytest.mark.parametrize("spoil, words", [
     (lambda s: s.pop("proj"), "proj is missing"), (lambda s: s.update(extra=torch.zeros(1)), "extra is too many"),
     (lambda s: s.update(proj=torch.zeros(48, 25)), r"proj has shape \(48, 25\), not \(48, 24\)")])
@@ -456,13 +416,11 @@ def test_files_that_do_not_fit_are_refused(spoil, words, builtin, tmp_path):
     with pytest.raises(models.ModelError, match=words):
         models.build_model(**dict(TINY, backbone=builtin, pretrained=str(tmp_path / "tower.pt")))
 
-
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.bin"])
 def test_a_file_that_holds_no_weights_is_refused(name, builtin, tmp_path):
     (tmp_path / name).write_text("not weights")
     with pytest.raises(models.ModelError, match="cannot read weights"):
         models.build_model(**dict(TINY, backbone=builtin, pretrained=str(tmp_path / name)))
-
 
 @needs_shared
 def test_real_pretrained_weights_load():
@@ -474,13 +432,11 @@ def test_real_pretrained_weights_load():
         want = clip.encode_image((video[0, ::2] / 255 - 0.5) / 0.5).mean(0)
         assert (model.features(video)[0][0] - want).norm() / want.norm() <= 1e-5
 
-
 # ---------------------------------------------------------------- model.py: checkpoints
 
 def save(model, path, **run):
     models.save_checkpoint(str(path), model, dict(classes=["a", "b"], **run))
     return str(path)
-
 
 @pytest.mark.parametrize("options", [dict(), dict(method="linear"), dict(method="full"), dict(paths="temporal"), dict(pretrained=None)])
 def test_checkpoint_round_trip_gives_identical_logits(options, tmp_path):
@@ -494,12 +450,10 @@ def test_checkpoint_round_trip_gives_identical_logits(options, tmp_path):
     assert (set(frozen) <= set(content["weights"])) == (options.get("pretrained", "") is None or not frozen)
     assert not os.path.exists(path + ".tmp")
 
-
 def test_a_kinetics_checkpoint_is_small(tmp_path):
     model = models.build_model(pretrained=None)
     model.config["pretrained"] = "openai"  # as it would be, with weights that need not be saved
     assert os.path.getsize(save(model, tmp_path / "a.pt")) <= 45e6
-
 
 def test_other_frozen_weights_are_refused(tmp_path):
     path = save(models.build_model(**TINY), tmp_path / "a.pt")
@@ -511,7 +465,6 @@ def test_other_frozen_weights_are_refused(tmp_path):
     safetensors.torch.save_file(state, other / "open_clip_model.safetensors")
     with pytest.raises(models.ModelError, match="other frozen weights"):
         models.load_checkpoint(path, backbone=f"local-dir:{other}")
-
 
 def test_one_flipped_bit_is_refused(tmp_path):
     path = save(models.build_model(**dict(TINY, method="linear")), tmp_path / "a.pt")
@@ -529,11 +482,9 @@ def test_one_flipped_bit_is_refused(tmp_path):
     with pytest.raises(models.ModelError, match="no checkpoint"):
         models.load_checkpoint(str(tmp_path / "b.pt"))
 
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, (Evil.folder,)
-
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     import hashlib
@@ -548,7 +499,6 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     pickle.loads(pickle.dumps(Evil()))  # it would have run
     assert os.path.exists(Evil.folder)
 
-
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     model = models.build_model(**dict(TINY, method="linear"))
     path = save(model, tmp_path / "a.pt")
@@ -561,7 +511,6 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         save(randomise(model), path)
     assert open(path, "rb").read() == before
 
-
 def test_export_gives_an_ordinary_open_clip_folder(tmp_path):
     model = randomise(models.build_model(**dict(TINY, method="full")))
     folder = str(tmp_path / "out")
@@ -569,7 +518,6 @@ def test_export_gives_an_ordinary_open_clip_folder(tmp_path):
     clip = open_clip.create_model_and_transforms(f"local-dir:{folder}")[0]
     assert all(torch.equal(v, clip.visual.state_dict()[k]) for k, v in model.visual.state_dict().items())
     assert tuple(clip.visual.image_mean) == (0.5, 0.5, 0.5) and os.path.getsize(f"{folder}/open_clip_model.safetensors") < 6e6
-
 
 # ---------------------------------------------------------------- data.py
 
@@ -579,11 +527,9 @@ def numbered_frames(number, height=48, width=64):
     blocks = np.repeat(bits * 200 + 20, width // 8, axis=1)
     return np.broadcast_to(blocks[:, None, :, None], (number, height, width, 3)).astype(np.uint8)
 
-
 def read_numbers(frames):
     middle = frames.mean(axis=(1, 3)).reshape(len(frames), 8, -1).mean(-1)
     return ((middle > 120) << np.arange(8)).sum(1).tolist()
-
 
 def test_frames_are_the_ones_asked_for(tmp_path):
     path = str(tmp_path / "a #1: [x].mp4")
@@ -596,7 +542,6 @@ def test_frames_are_the_ones_asked_for(tmp_path):
     for bad in (-1, 100):
         with pytest.raises(data.VideoError, match=f"100 frames, so no frame {bad}"):
             data.read_frames(path, [0, bad])
-
 
 def test_what_is_no_video_is_one_kind_of_error(tmp_path):
     path = str(tmp_path / "a.mp4")
@@ -616,7 +561,6 @@ def test_what_is_no_video_is_one_kind_of_error(tmp_path):
         with pytest.raises(data.VideoError):
             data.count_frames(str(tmp_path / name))
 
-
 def write_anything(path, codec, number=60, size=(48, 64), pix_fmt="yuv420p", pts=None, rate=30, options=None, **stream_options):
     """A video of noise that moves, so that a wrong frame or reference would show."""
     rng = np.random.default_rng(0)
@@ -634,17 +578,14 @@ def write_anything(path, codec, number=60, size=(48, 64), pix_fmt="yuv420p", pts
         container.mux(stream.encode())
     return path
 
-
 def decode_whole(path):
     """The reference: every frame, in order, each by a fresh converter."""
     with data.av.open(f"file:{path}") as container:
         return [data.VideoReformatter().reformat(frame, format="rgb24").to_ndarray()
                 for frame in container.decode(container.streams.best("video"))]
 
-
 def x264(**options):
     return dict(codec="libx264", codec_options={"preset": "medium", "threads": "1", "bf": "3", "g": "300", **options})
-
 
 UNEVEN = np.cumsum(np.random.default_rng(1).integers(1, 9, 60)).tolist()
 FILES = {
@@ -665,7 +606,6 @@ FILES = {
 }
 IN_ORDER = ("mpeg4-b.avi", "vp8.webm", "refresh.mp4")  # no timestamps, packets that show nothing, key frames that are not
 
-
 @pytest.mark.parametrize("name", FILES)
 def test_frames_are_bit_identical_to_decoding_the_whole_file(name, tmp_path, monkeypatch):
     path = write_anything(str(tmp_path / name), **FILES[name])
@@ -678,7 +618,6 @@ def test_frames_are_bit_identical_to_decoding_the_whole_file(name, tmp_path, mon
         got = data.read_frames(path, numbers)
         assert all(np.array_equal(image, want[i]) for image, i in zip(got, numbers, strict=True))
 
-
 @needs_shared
 @pytest.mark.parametrize("name, number", [("k400_demo.mp4", 280), ("k400_clip2.mp4", 300), ("pancake.mkv", 310), ("two_video_streams.mp4", 390)])
 def test_real_files_are_read_exactly(name, number, monkeypatch):
@@ -689,7 +628,6 @@ def test_real_files_are_read_exactly(name, number, monkeypatch):
     for numbers in (range(60, 60 + 32 * 4, 4), range(number), np.random.default_rng(0).integers(0, number, 16)):
         assert all(np.array_equal(image, want[i]) for image, i in zip(data.read_frames(path, numbers), numbers))
 
-
 @needs_shared
 def test_the_best_stream_is_read_upright_and_damage_is_an_error():
     assert data.read_frames(f"{SHARED}/videos/two_video_streams.mp4", [0]).shape == (1, 270, 480, 3)
@@ -698,7 +636,6 @@ def test_the_best_stream_is_read_upright_and_damage_is_an_error():
     with pytest.raises(data.VideoError, match="corrupted.mp4"):
         data.read_frames(f"{SHARED}/videos/corrupted.mp4", lambda n: range(n))
 
-
 @pytest.mark.parametrize("hflip", [False, True])
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 def test_all_eight_orientations_are_turned_upright(degrees, hflip, tmp_path):
@@ -706,7 +643,6 @@ def test_all_eight_orientations_are_turned_upright(degrees, hflip, tmp_path):
     turned = write_anything(str(tmp_path / "turned.mp4"), **x264(), number=2, set_display_rotation=(degrees, hflip))
     want = np.rot90(data.read_frames(plain, [1])[0], degrees // 90)  # counter-clockwise, and mirrored after that
     assert np.array_equal(data.read_frames(turned, [1])[0], want[:, ::-1] if hflip else want)
-
 
 @pytest.mark.parametrize("space, full, red, blue", [(1, False, 0.2126, 0.0722), (5, False, 0.299, 0.114), (6, True, 0.299, 0.114),
                                                      (9, False, 0.2627, 0.0593), (1, True, 0.2126, 0.0722), (10, False, 0.2627, 0.0593),
@@ -722,7 +658,6 @@ def test_colour_matrix_and_range_are_honoured(space, full, red, blue, tmp_path):
     rgb = np.stack([r, (y - red * r - blue * b) / (1 - red - blue), b], -1).clip(0, 1) * 255
     assert abs(data.read_frames(path, [0])[0] - rgb).max() <= 3
 
-
 def test_little_is_decoded_for_a_few_frames_near_the_end(tmp_path):
     path = write_anything(str(tmp_path / "a.mp4"), **x264(g="30", sc_threshold="0"), number=300)
     with data.av.open(path) as container:
@@ -731,7 +666,6 @@ def test_little_is_decoded_for_a_few_frames_near_the_end(tmp_path):
     times = sorted(p.pts for p in packets)
     assert 8 <= data.needed_packets(packets, {times[i] for i in range(272, 296, 3)}).sum() <= 40
     assert data.needed_packets(packets, {times[i] for i in (0, 299)}).sum() <= 1 + 31
-
 
 def test_a_lost_index_does_not_give_wrong_frames(tmp_path, monkeypatch):
     path = write_anything(str(tmp_path / "a.mp4"), codec="mpeg4", codec_options={"g": "60"})
@@ -745,7 +679,6 @@ def test_a_lost_index_does_not_give_wrong_frames(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "video_packets", every_packet_marked)
     assert all(np.array_equal(a, want[i]) for a, i in zip(data.read_frames(path, [40, 50]), (40, 50)))
 
-
 def test_names_that_look_like_protocols_are_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data.write_video("http:x.mp4", numbered_frames(5))
@@ -756,7 +689,6 @@ def test_names_that_look_like_protocols_are_files(tmp_path, monkeypatch):
         with pytest.raises(data.VideoError):
             data.read_frames(name, [0])
 
-
 def test_hostile_files_meet_limits(tmp_path, monkeypatch):
     path = write_anything(str(tmp_path / "a.mp4"), **x264())
     for limit, words in (("MAX_PACKETS", "cut it into clips"), ("MAX_BYTES", "cut it into clips"), ("MAX_PIXELS", "cannot read")):
@@ -764,7 +696,6 @@ def test_hostile_files_meet_limits(tmp_path, monkeypatch):
             patch.setattr(data, limit, 40)
             with pytest.raises(data.VideoError, match=words):
                 data.read_frames(path, [0])
-
 
 def test_dense_clips_cover_the_video_and_repeat_the_last_frame():
     frames = lambda n, position, T=4, stride=2: data.clip_frames(n, T, "dense", stride, position).tolist()
@@ -774,14 +705,12 @@ def test_dense_clips_cover_the_video_and_repeat_the_last_frame():
     starts = [frames(100, c / 2)[0] for c in range(3)]
     assert starts == [0, 46, 93]
 
-
 def test_uniform_clips_take_one_frame_of_each_segment():
     frames = lambda n, position, T=4: data.clip_frames(n, T, "uniform", 1, position).tolist()
     assert frames(40, 0.5) == [5, 15, 25, 35]
     assert [frames(120, (c + 0.5) / 3)[:2] for c in range(3)] == [[5, 35], [15, 45], [25, 55]]
     assert frames(40, np.array([0, 0.99, 0, 1.0])) == [0, 19, 20, 39]
     assert frames(4, 0.999) == [0, 1, 2, 3] and frames(2, 0.5) == [0, 1, 1, 1]
-
 
 def test_twins_show_the_same_sampled_frames_in_opposite_order():
     for seed in range(20):
@@ -790,11 +719,9 @@ def test_twins_show_the_same_sampled_frames_in_opposite_order():
             a, b = a[list(data.SAMPLED)], b[list(data.SAMPLED)]
             assert np.array_equal(a, b[::-1]) and not np.array_equal(a, b)
 
-
 def centre(image, background):
     y, x = np.nonzero(abs(image.astype(float).mean(-1) - background.mean(-1)) > 20)
     return np.array([(y.min() + y.max()) / 2, (x.min() + x.max()) / 2])
-
 
 def test_motion_covers_half_the_frame_in_the_direction_of_its_name():
     for motion, direction in data.MOTIONS.items():
@@ -803,7 +730,6 @@ def test_motion_covers_half_the_frame_in_the_direction_of_its_name():
             clip = data.draw_moving(seed, motion, "vertical")
             path = centre(clip[12], background) - centre(clip[0], background)  # both are whole within the picture
             assert path @ direction * 15 / 12 >= data.SIZE / 2 - 1 and abs(path @ direction[::-1]) < 1.5
-
 
 def test_texture_is_seen_at_full_size_and_vanishes_in_the_frameset(tmp_path):
     for seed in range(10):
@@ -819,10 +745,8 @@ def test_texture_is_seen_at_full_size_and_vanishes_in_the_frameset(tmp_path):
         assert distance(*clips, thing) >= 30
         assert distance(*(grid.frameset(c[None]) for c in clips), inside) <= 4
 
-
 def stop_midway(*args):
     raise RuntimeError("stopped midway")
-
 
 def test_drawing_is_deterministic_and_whole_or_absent(tmp_path):
     for name in "ab":
@@ -834,7 +758,6 @@ def test_drawing_is_deterministic_and_whole_or_absent(tmp_path):
     with pytest.raises(RuntimeError, match="stopped midway"):
         data.draw_once(str(tmp_path / "c"), "train", 16, stop_midway, data.MOVING_CLASSES)
     assert os.listdir(tmp_path / "c") == []
-
 
 def test_stills_show_their_class():
     for cell in range(16):
@@ -856,18 +779,15 @@ def test_stills_show_their_class():
                 y, x = centre(sheet[row * 16:row * 16 + 16, col * 16:col * 16 + 16], background)
                 assert abs(y - 2 - cell // 3 * 4 - 2) <= 4 and abs(x - 2 - cell % 3 * 4 - 2) <= 4
 
-
 def micro_set(root, train=16, val=8):
     """A demo of a few videos, by the demo's own code."""
     for split, number in (("train", train), ("val", val)):
         data.draw_once(str(root), split, number, data.draw_moving, data.MOVING_CLASSES)
     return str(root)
 
-
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory):
     return micro_set(tmp_path_factory.mktemp("micro") / "data")
-
 
 def test_folders_and_their_mistakes(micro, tmp_path):
     videos = data.find_videos("folder", micro)
@@ -883,7 +803,6 @@ def test_folders_and_their_mistakes(micro, tmp_path):
         make()
         with pytest.raises(data.DataError, match=words):
             find()
-
 
 def test_lists_and_their_mistakes(tmp_path):
     for name in ("a.mp4", "b c.mp4", "d,e.mp4"):
@@ -902,7 +821,6 @@ def test_lists_and_their_mistakes(tmp_path):
         with pytest.raises(data.DataError, match=words):
             data.find_videos("list", str(tmp_path))
 
-
 def test_a_training_clip_depends_on_seed_epoch_and_index_alone(micro):
     videos = data.find_videos("folder", micro).train
     make = lambda seed=0: data.Clips(videos, 8, 48, "uniform", seed=seed, train=True)
@@ -919,7 +837,6 @@ def test_a_training_clip_depends_on_seed_epoch_and_index_alone(micro):
     batch, labels, failures = next(iter(loader))
     assert torch.equal(batch[1], one) and labels.tolist() == [videos[4][1], videos[5][1]] and failures == []
 
-
 def test_translation_moves_whole_pixels_and_all_frames_alike():
     transform = data.training_transform("translate", 64, flip=True)
     clip = torch.arange(64 * 64).view(1, 1, 64, 64).expand(2, 3, -1, -1).contiguous()
@@ -932,7 +849,6 @@ def test_translation_moves_whole_pixels_and_all_frames_alike():
         assert torch.equal(out[0, 0, 8:56, 8:56], clip[0, 0, dy - 24:dy + 24, dx - 24:dx + 24])
     assert len(shifts) > 20 and max(abs(s) for shift in shifts for s in shift) == 4
 
-
 def test_crops_are_alike_in_all_frames_and_flip_can_be_switched_off():
     picture = torch.arange(64.0).expand(64, 64).to(torch.uint8).expand(3, 3, -1, -1).contiguous()  # brighter to the right
     for flip in (True, False):
@@ -943,7 +859,6 @@ def test_crops_are_alike_in_all_frames_and_flip_can_be_switched_off():
         assert len({out[0, 0, 16, 0].item() for out in outs}) > 5
         assert (5 <= sum(rising) <= 25) if flip else all(rising)
 
-
 def test_views_are_start_centre_and_end(micro):
     clip = torch.arange(128).view(1, 1, 1, 128).expand(2, 3, 64, 128).to(torch.uint8)
     left, centre, right = data.test_crops(clip, 64, 3)
@@ -952,7 +867,6 @@ def test_views_are_start_centre_and_end(micro):
     assert data.test_crops(tall, 64, 1)[0][0, 0, [0, -1], 0].tolist() == [32, 95]
     views, label, index, error = data.Clips(data.find_videos("folder", micro).val, 4, 32, stride=2, views=(2, 3))[1]
     assert views.shape == (6, 4, 3, 32, 32) and (label, index, error) == (1, 1, None)
-
 
 def test_an_unreadable_video_is_replaced_in_training_and_reported_in_testing(micro, tmp_path):
     bad = str(tmp_path / "bad.mp4")
@@ -968,7 +882,6 @@ def test_an_unreadable_video_is_replaced_in_training_and_reported_in_testing(mic
     clip, _, failures = data.Clips(samples[1:], 4, 48, augment="translate", train=True)[0, 0]
     assert clip is None and "64x64" in failures[0] and "48x48" in failures[0]
 
-
 def test_global_batches_do_not_depend_on_the_number_of_processes():
     whole = data.BatchOrder(22, 8, seed=3)
     whole.epoch = 2
@@ -981,23 +894,19 @@ def test_global_batches_do_not_depend_on_the_number_of_processes():
     whole.epoch = 3
     assert list(whole) != batches
 
-
 def test_data_as_a_script(micro, capsys):
     data.main(["--data", "folder", "--root", micro, "--size", "32", "--limit", "4"])
     assert "16 training and 8 validation videos, 8 classes" in (out := capsys.readouterr().out) and "clips/s per worker" in out
     with pytest.raises(SystemExit, match="/no/where is not there"):
         data.main(["--data", "folder", "--root", "/no/where"])
 
-
 # ---------------------------------------------------------------- train.py and evaluate.py
 
 SMALL = ["--data", "folder", "--backbone", "tiny", "--frames", "16", "--spatial-frames", "4", "--bottleneck", "8", "--batch", "8",
          "--workers", "0", "--epochs", "2", "--sampling", "dense", "--test-stride", "1", "--stride", "1", "--views", "1x1", "--warmup", "1"]
 
-
 def lines(out):
     return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
-
 
 def test_train_then_evaluate(micro, tmp_path, capsys):
     out = str(tmp_path / "run")
@@ -1025,7 +934,6 @@ def test_train_then_evaluate(micro, tmp_path, capsys):
     assert printed.count("%") == 5 and rows[0]["class1"] in printed and video in printed
     assert evaluate.main([f"{out}/last.pt", __file__]) == 1 and "cannot read" in capsys.readouterr().out
 
-
 def test_scores_are_averaged_over_views(micro):
     model = randomise(models.build_model(**TINY)).eval()
     videos = data.find_videos("folder", micro)
@@ -1036,11 +944,9 @@ def test_scores_are_averaged_over_views(micro):
         want = model(clips[5][0]).softmax(-1).mean(0).topk(5)
     assert rows[5][2] == want.indices.tolist() and rows[5][3] == pytest.approx(want.values.tolist(), rel=1e-4)
 
-
 def test_accuracy_counts_unreadable_videos_as_wrong():
     rows = [(0, 1, [1, 2], [0.6, 0.4], None), (1, 2, [1, 2], [0.6, 0.4], None), (2, 0, [1, 2], [0.6, 0.4], None), (3, 1, [], [], "broken")]
     assert evaluate.summarise(rows) == dict(videos=4, failed=1, top1=1 / 4, top5=2 / 4, top1_readable=1 / 3, top5_readable=2 / 3)
-
 
 def test_evaluation_reports_unreadable_videos(micro, tmp_path, capsys):
     root, out = str(tmp_path / "data"), str(tmp_path / "run")
@@ -1053,7 +959,6 @@ def test_evaluation_reports_unreadable_videos(micro, tmp_path, capsys):
     assert "1 videos could not be read and count as wrong" in printed and bad in printed
     assert json.load(open(f"{out}/last.folder.json"))["unreadable"] == [bad]
 
-
 def test_broken_training_videos_are_logged_and_too_many_stop_the_run(micro, tmp_path):
     root = micro_set(tmp_path / "data", train=24)
     videos = data.find_videos("folder", root).train
@@ -1064,7 +969,6 @@ def test_broken_training_videos_are_logged_and_too_many_stop_the_run(micro, tmp_
         open(path, "w").close()
     with pytest.raises(SystemExit, match="more than 5 %"):
         train.main(SMALL + ["--root", root, "--out", str(tmp_path / "two"), "--epochs", "1"])
-
 
 def test_resumed_is_uninterrupted(micro, tmp_path, monkeypatch, capsys):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
@@ -1091,7 +995,6 @@ def test_resumed_is_uninterrupted(micro, tmp_path, monkeypatch, capsys):
     for one, other in zip(a["training"]["optimizer"]["state"].values(), b["training"]["optimizer"]["state"].values()):
         assert all(torch.equal(v, other[k]) for k, v in one.items())
 
-
 def test_a_run_is_not_overwritten_by_accident(micro, tmp_path, capsys):
     out = str(tmp_path / "run")
     one = SMALL + ["--root", micro, "--out", out, "--epochs", "1"]
@@ -1114,7 +1017,6 @@ def test_a_run_is_not_overwritten_by_accident(micro, tmp_path, capsys):
         train.main(one + ["--resume"])
     assert os.path.exists(f"{out}/best.pt")
 
-
 def test_init_starts_from_another_runs_weights_with_a_new_head(micro, tmp_path):
     out = str(tmp_path / "run")
     model = randomise(models.build_model(**dict(TINY, num_classes=3, bottleneck=8)))
@@ -1126,7 +1028,6 @@ def test_init_starts_from_another_runs_weights_with_a_new_head(micro, tmp_path):
     with pytest.raises(SystemExit, match="does not fit the model.*missing"):
         train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "two"), "--init", path, "--pre-attention-adapter"])
 
-
 def test_micro_batches_give_the_same_step(micro, tmp_path):
     weights = []
     for name, options in (("a", []), ("b", ["--micro-batch", "3"])):
@@ -1135,7 +1036,6 @@ def test_micro_batches_give_the_same_step(micro, tmp_path):
     a, b = weights
     for one, other in zip(a["training"]["optimizer"]["state"].values(), b["training"]["optimizer"]["state"].values()):
         torch.testing.assert_close(one["exp_avg"], other["exp_avg"], rtol=1e-3, atol=1e-7)
-
 
 def test_no_weight_decay_on_biases_norms_tokens_and_positions():
     for options in (dict(), dict(method="full")):
@@ -1149,14 +1049,12 @@ def test_no_weight_decay_on_biases_norms_tokens_and_positions():
         assert len(spared) + len(decayed["params"]) == sum(p.requires_grad for p in model.parameters())
         assert all(names[id(p)].endswith(("weight", "proj")) for p in decayed["params"])
 
-
 def test_learning_rate_rises_then_falls_as_half_a_cosine(micro, tmp_path):
     out = str(tmp_path / "run")
     train.main(SMALL + ["--root", micro, "--out", out, "--epochs", "4", "--warmup", "2", "--lr", "0.032", "--method", "linear"])
     # 2 steps an epoch; the rate logged is that of an epoch's second step
     want = [1e-3 * f for f in (1 / 2, 1, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5 + 0.5 * math.cos(math.pi * 3 / 4))]
     assert [line["lr"] for line in lines(out)] == pytest.approx(want)
-
 
 @pytest.mark.parametrize("options, words", [
     (["--batch", "99"], "--batch 99 is larger than the data set: 16"), (["--amp", "fp16"], "--amp fp16 needs a CUDA GPU"),
@@ -1170,13 +1068,11 @@ def test_mistakes_on_the_command_line_get_a_sentence(options, words, micro, tmp_
     if words is None:  # argparse prints the sentence itself
         assert error.value.code == 2 and options[0] in capsys.readouterr().err
 
-
 def test_a_loss_that_is_not_finite_stops_the_run(micro, tmp_path):
     out = str(tmp_path / "run")
     with pytest.raises(SystemExit, match="epoch 1 is not finite"):
         train.main(SMALL + ["--root", micro, "--out", out, "--lr", "1e30", "--warmup", "0"])
     assert not os.path.exists(f"{out}/last.pt")
-
 
 def test_data_that_is_all_unreadable_stops_the_run(micro, tmp_path):
     shutil.copytree(micro, tmp_path / "data")
@@ -1185,14 +1081,12 @@ def test_data_that_is_all_unreadable_stops_the_run(micro, tmp_path):
     with pytest.raises(SystemExit, match="could not be read"):
         train.main(SMALL + ["--root", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
 
-
 def test_evaluate_refuses_other_classes(micro, tmp_path):
     path = save(models.build_model(**TINY), tmp_path / "a.pt", data="folder", root=micro, views=(1, 1), sampling="dense", test_stride=1)
     with pytest.raises(SystemExit, match=r"classes of folder \(8\) are not the 2"):
         evaluate.main([path, "--root", micro])
     with pytest.raises(SystemExit, match="no checkpoint"):
         evaluate.main([str(tmp_path / "b.pt")])
-
 
 def two_processes(rank, folder, root):
     """One of two gloo processes: its half's gradients through DDP, and its part of an evaluation."""
@@ -1208,7 +1102,6 @@ def two_processes(rank, folder, root):
     torch.save(([p.grad for p in model.parameters()], rows), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
-
 def two_trainings(rank, port, root, out):
     """What torchrun starts, twice: a training run and an evaluation by one of two processes."""
     torch.set_num_threads(1)
@@ -1216,9 +1109,7 @@ def two_trainings(rank, port, root, out):
     train.main(SMALL + ["--root", root, "--out", out, *TOGETHER, "--workers", "1", "--micro-batch", "3"])
     evaluate.main([f"{out}/last.pt", "--limit", "7", "--workers", "0"])
 
-
 TOGETHER = ["--dropout", "0", "--clip-grad", "1", "--limit", "16"]
-
 
 def test_two_processes_train_and_evaluate_as_one(micro, tmp_path):
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
@@ -1236,7 +1127,6 @@ def test_two_processes_train_and_evaluate_as_one(micro, tmp_path):
     a, b = (models.read_checkpoint(f"{out}/last.pt")["training"]["optimizer"]["state"] for out in (one, two))
     for i in a:
         torch.testing.assert_close(a[i]["exp_avg"], b[i]["exp_avg"], rtol=1e-2, atol=1e-6)
-
 
 def test_two_processes_give_the_gradients_and_the_evaluation_of_one(micro, tmp_path):
     model = randomise(models.build_model(**TINY, dropout=0.0))

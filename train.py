@@ -42,7 +42,6 @@ RECIPES = {
     "list": dict(),
 }
 
-
 def parse(argv):
     parser = argparse.ArgumentParser(description="Train a video model; defaults come from the data set's recipe.")
     add = parser.add_argument
@@ -96,7 +95,6 @@ def parse(argv):
     paths = "" if args.paths == "both" else f"-{args.paths}"
     args.out = args.out or os.path.join("runs", f"{args.data}-{args.method}{paths}-s{args.seed}")
     return args
-
 
 def main(argv=None):
     args = parse(argv)
@@ -231,7 +229,6 @@ def main(argv=None):
     if world > 1:
         dist.destroy_process_group()
 
-
 def find_run(args):
     """The checkpoint of --out to continue from, or None. Raises DataError where a run is in the way: two in one folder
     would spoil each other, so that the user says what is to become of the first."""
@@ -253,7 +250,6 @@ def find_run(args):
         print(f"note: there is no {last} to resume from, so the run starts afresh")
     return None
 
-
 def start_log(args, resumed):
     """Make the folder of the run; keep the log lines of the epochs that `resumed` has seen, and delete other leftovers."""
     os.makedirs(args.out, exist_ok=True)
@@ -266,14 +262,12 @@ def start_log(args, resumed):
             if name in ("last.pt", "best.pt", "failed.txt") or name.startswith(("last.", "best.")) and name.endswith(".json"):
                 os.remove(os.path.join(args.out, name))
 
-
 def parameter_groups(model, weight_decay):
     """Weight decay for matrices; none for biases, norms, tokens and position embeddings."""
     tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrix = lambda name, p: p.ndim > 1 and not name.endswith("embedding")
     return [dict(params=[p for n, p in tuned if matrix(n, p)], weight_decay=weight_decay),
             dict(params=[p for n, p in tuned if not matrix(n, p)], weight_decay=0.0)]
-
 
 if __name__ == "__main__":
     main()
