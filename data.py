@@ -1,24 +1,26 @@
 """Video files to labelled clips of uint8 frames.
 
-    python data.py --data demo                   # checks a data set, then prints clips/s per worker
-    python data.py --data folder --root DIR
+    python data.py --data k400 --root DIR        # reads every video of a data set once, then times a loader's worker
 
 Pixels stay uint8 from the decoder to the device: a quarter of the bytes of floats on the way.
 """
 import argparse
 import bisect
+import concurrent.futures
 import csv
-import multiprocessing
+import json
 import os
+import re
 import shutil
 import time
-from dataclasses import dataclass
+from collections import Counter, namedtuple
+from functools import partial
 
 import av
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -33,7 +35,7 @@ class VideoError(Exception):
     """One video cannot be read; the message names it."""
 
 # ---------------------------------------------------------------- reading frames
-MAX_PACKETS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS = 500_000, 1 << 30, 1 << 26, 60  # a clip is far below all of them
+MAX_PACKETS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS = 200_000, 1 << 30, 1 << 25, 60  # a clip is far below all of them
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,live_flv,asf,ogg,mpegvideo,h264,hevc,gif,ivf,nut,dv,mxf,rm"
 COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)  # AVColorSpace: RGB, BT.709, not said, FCC, BT.601 (5, 6), SMPTE 240M, BT.2020
 
@@ -47,28 +49,23 @@ def read_frames(path, indices):
     if not os.path.isfile(path):
         raise VideoError(f"cannot read {path}: there is no such file")
     try:
-        # `file:` makes a file of names that look like a protocol, such as http:… and concat:….
-        with av.open(f"file:{path}", metadata_errors="replace", timeout=MAX_SECONDS,
+        with av.open(f"file:{path}", metadata_errors="replace", timeout=MAX_SECONDS,  # file: makes a file of a name like http:…
                      options=dict(format_whitelist=FORMATS, protocol_whitelist="file")) as container:
             stream, packets = video_packets(container, path)
             times = presentation_times(stream, packets)
             count = len(times) if times else sum(1 for _ in decode_all(stream, packets))
             numbers = [int(i) for i in (indices(count) if callable(indices) else indices)]
-            if not numbers:
-                raise ValueError("no frame was asked for")
             for i in numbers:
                 if not 0 <= i < count:
                     raise VideoError(f"{path} has {count} frames, so no frame {i}")
-            frames = None
-            if times:
-                targets = [times[i] for i in numbers]
-                frames = convert(((f.pts, f) for f in decode_some(stream, packets, set(targets))), targets)
+            targets = [times[i] for i in numbers] if times else []
+            frames = convert(((f.pts, f) for f in decode_some(stream, packets, set(targets))), targets) if times else None
             if frames is None:  # timestamps are missing, or a frame did not come out as they promised
                 frames = convert(enumerate(decode_all(stream, packets)), numbers)
             if frames is None:
                 raise VideoError(f"{path} breaks off before the last of the {count} frames that it announces")
             return frames
-    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+    except (av.FFmpegError, OSError, ValueError, LookupError, MemoryError) as error:
         raise VideoError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 def count_frames(path):
@@ -147,10 +144,9 @@ def decode_all(stream, packets):
 
 def convert(keyed_frames, wanted):
     """(key, frame) pairs → (len(wanted), H, W, 3) RGB, in the order of the keys in `wanted`; None if one is missing."""
-    rows = {}
+    rows, reformatter, images = {}, VideoReformatter(), None
     for row, key in enumerate(wanted):
         rows.setdefault(key, []).append(row)
-    reformatter, images = VideoReformatter(), None
     for key, frame in keyed_frames:
         if key not in rows:
             continue
@@ -196,227 +192,247 @@ def clip_frames(available, num_frames, sampling, stride, position):
     return np.minimum(frames.astype(np.int64), available - 1)
 
 # ---------------------------------------------------------------- transforms: (T, 3, H, W) uint8 → (T, 3, size, size) uint8
-def training_transform(augment, size, flip):
-    """v2 transforms draw once per call, so that all frames of a clip are treated alike."""
+F, GREY = v2.functional, 128
+
+def warp(clip, angle=0.0, shear=(0.0, 0.0), shift=(0.0, 0.0)):
+    """Rotate by degrees, or shear by slopes about the top left corner, or shift by parts of the size."""
+    channels = clip.flatten(0, 1)[None]  # (1, 3T, H, W): as channels of one image, the frames share one map of samples
+    pixels, degrees = [round(part * clip.shape[-1]) for part in shift], np.degrees(np.arctan(shear)).tolist()
+    return F.affine(channels, angle, pixels, 1.0, degrees, v2.InterpolationMode.BILINEAR, GREY,
+                    center=[0, 0] if any(shear) else None).view_as(clip)
+
+# RandAugment's operations on the clip x with strength s in [0, 1] and direction d = ±1. The set and its ranges are those of
+# timm's "increasing" RandAugment, which the authors took; away(s, d) is a factor above or below 1.
+away = lambda s, d: max(0.1, 1 + 0.9 * s * d)
+OPERATIONS = [
+    lambda x, s, d: F.autocontrast(x),
+    lambda x, s, d: F.equalize(x),
+    lambda x, s, d: F.invert(x),
+    lambda x, s, d: F.posterize(x, 4 - int(4 * s)),  # bits that stay
+    lambda x, s, d: F.solarize(x, 255 * (1 - s)),  # inverts what is brighter
+    lambda x, s, d: torch.where(x < 128, x + int(110 * s), x),  # lightens what is dark
+    lambda x, s, d: F.adjust_brightness(x, away(s, d)),
+    lambda x, s, d: F.adjust_contrast(x, away(s, d)),
+    lambda x, s, d: F.adjust_saturation(x, away(s, d)),
+    lambda x, s, d: F.adjust_sharpness(x.contiguous(memory_format=torch.channels_last), away(s, d)).contiguous(),  # 10 x faster so
+    lambda x, s, d: warp(x, angle=30 * s * d),
+    lambda x, s, d: warp(x, shear=(0.3 * s * d, 0)),
+    lambda x, s, d: warp(x, shear=(0, 0.3 * s * d)),
+    lambda x, s, d: warp(x, shift=(0.45 * s * d, 0)),
+    lambda x, s, d: warp(x, shift=(0, 0.45 * s * d)),
+]
+
+def rand_augment(clip):
+    """Four operations, each with probability 1/2 and strength 7 ± 0.5 of 10: v2.RandAugment has neither of the two."""
+    clip = clip.contiguous()
+    for number, happens, direction in zip(torch.randint(len(OPERATIONS), (4,)), torch.randint(2, (4,)), torch.randint(2, (4,))):
+        strength = (7 + 0.5 * torch.randn(())).clamp(0, 10).item() / 10
+        clip = OPERATIONS[number](clip, strength, 2 * direction.item() - 1) if happens else clip
+    return clip
+
+def training_transform(augment, size, flip, erasing=0.0):
+    """v2 transforms draw once per call: all frames of a clip are treated alike. Cropping comes first, so that RandAugment
+    costs the same on videos of any size."""
     if augment == "translate":  # whole pixels: nothing is resampled, mirrored or recoloured
         return v2.Compose([v2.RandomCrop(size, padding=size // 16, padding_mode="edge")])
     crop = [v2.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), antialias=True)]
-    return v2.Compose(crop + [v2.RandomHorizontalFlip()] * flip)
-
-def test_crops(clip, size, crops):
-    """Shorter side to `size`, then 1 (centre) or 3 (start, centre, end of the longer side) squares."""
-    clip = v2.functional.resize(clip, [size], antialias=True)
-    room = [clip.shape[-2] - size, clip.shape[-1] - size]
-    places = [0.5] if crops == 1 else [c / (crops - 1) for c in range(crops)]
-    return [v2.functional.crop(clip, round(room[0] * p), round(room[1] * p), size, size) for p in places]
+    return v2.Compose(crop + [v2.RandomHorizontalFlip()] * flip + [rand_augment] * (augment == "rand")
+                      + [v2.RandomErasing(erasing, value=GREY)] * (erasing > 0))
 
 # ---------------------------------------------------------------- data sets on disk
-@dataclass
-class Videos:
-    """The lists that every data set comes down to: (path, label) pairs and the names of the labels."""
-    train: list
-    val: list
-    classes: list
+SPLITS = ("train", "val")
+# What every data set comes down to: (path, label) pairs; the labels' names; (split, path) of listed files that are not there.
+Videos = namedtuple("Videos", "train val classes missing")
 
 def folder_data(root):
     """ROOT/train/CLASS/*.mp4 and ROOT/val/CLASS/*.mp4; the classes are train's folders, sorted."""
-    classes = sorted(entry.name for entry in os.scandir(existing(root, "train")) if entry.is_dir())
-    if len(classes) < 2:
-        raise DataError(f"{root}/train has {len(classes)} folders; it needs one per class, two at least")
-    unknown = sorted(entry.name for entry in os.scandir(existing(root, "val")) if entry.is_dir() and entry.name not in classes)
-    if unknown:
-        raise DataError(f"{root}/val has a class {unknown[0]!r} that {root}/train does not have")
-    found = {}
-    for split in ("train", "val"):
-        found[split] = []
-        for label, name in enumerate(classes):
-            folder = os.path.join(root, split, name)
-            names = os.listdir(folder) if os.path.isdir(folder) else []
-            videos = sorted(f for f in names if f.lower().endswith(VIDEO_SUFFIXES))
-            if not videos and split == "train":
-                raise DataError(f"{folder} has no video file ({', '.join(VIDEO_SUFFIXES)})")
-            found[split] += [(i, label, os.path.join(folder, f)) for i, f in enumerate(videos)]
-        # The first video of each class, then the second of each, …: then --limit sees all classes.
-        found[split] = [(path, label) for _, label, path in sorted(found[split])]
-    return Videos(found["train"], found["val"], classes)
+    inside = {split: sorted(e.name for e in os.scandir(existing(root, split)) if e.is_dir()) for split in SPLITS}
+    return assemble(root, inside["train"], {split: [(path, name) for name in inside[split]
+                                                    for path in video_files(f"{root}/{split}/{name}")] for split in SPLITS})
 
 def list_data(root):
-    """ROOT/train.txt and ROOT/val.txt, a line a video: `path label` or `path,label`; a path with spaces is
-    quoted, relative paths start at ROOT. ROOT/classes.txt, if there, names the classes, a line each."""
-    found = {split: read_list(existing(root, f"{split}.txt"), root) for split in ("train", "val")}
-    number = min(1 + max(label for _, label in found["train"]), len(found["train"]) + 1)  # each class has a video
-    names = os.path.join(root, "classes.txt")
-    classes = open(names).read().splitlines() if os.path.isfile(names) else [str(i) for i in range(number)]
-    for split, samples in found.items():
-        for path, label in samples:
-            if not 0 <= label < len(classes):
-                raise DataError(f"{root}/{split}.txt gives {path} the label {label}; labels run from 0 to {len(classes) - 1}")
-    missing = sorted(set(range(len(classes))) - {label for _, label in found["train"]})
-    if missing or len(classes) < 2:
-        raise DataError(f"{root}/train.txt needs two classes at least and a video of each; class {(missing + [1])[0]} has none")
-    return Videos(found["train"], found["val"], classes)
-
-def read_list(file, root):
-    samples = []
-    with open(file, newline="", errors="surrogateescape") as lines:  # a path may hold any bytes
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            for delimiter in (",", " "):
-                fields = [f for f in next(csv.reader([line.strip()], delimiter=delimiter, skipinitialspace=True)) if f]
-                if len(fields) == 2 and fields[1].strip().isdigit():
-                    samples.append((os.path.join(root, fields[0].strip()), int(fields[1])))
-                    break
-            else:
-                raise DataError(f"{file}, line {number}: {line.strip()!r} is not `path label` or `path,label`"
-                                " (label a whole number, a path with spaces in double quotes)")
-    if not samples:
-        raise DataError(f"{file} lists no video")
-    return samples
-
-def existing(root, name):
-    path = os.path.join(root, name)
-    if not os.path.exists(path):
-        raise DataError(f"{path} is not there; --root {root} should hold it")
-    return path
-
-def demo_data(root):
-    draw_once(root, "train", 1536, draw_moving, MOVING_CLASSES)
-    draw_once(root, "val", 256, draw_moving, MOVING_CLASSES)
-    return folder_data(root)
-
-def stills_data(root):
-    draw_once(root, "train", 24600, draw_still, STILL_CLASSES)
-    draw_once(root, "val", 410, draw_still, STILL_CLASSES)
-    return folder_data(root)
-
-SOURCES = dict(demo=demo_data, stills=stills_data, folder=folder_data, list=list_data)
-
-def find_videos(data, root=None):
-    """The lists of a data set, every file of which exists; raises DataError."""
-    if data not in SOURCES:
-        raise DataError(f"there is no data set {data!r}; --data is one of {', '.join(SOURCES)}")
-    root = root or os.path.join("data", data)
-    if data not in ("demo", "stills") and not os.path.isdir(root):
-        raise DataError(f"the data folder {root} is not there; say with --root where the {data!r} data are")
-    videos = SOURCES[data](root)
-    if not videos.val:
-        raise DataError(f"{root} has no validation videos")
-    missing = [path for path, _ in videos.train + videos.val if not os.path.isfile(path)]
-    if missing:
-        raise DataError(f"{len(missing)} of {len(videos.train + videos.val)} videos are not there; the first: {missing[0]}")
+    """ROOT/train.txt and ROOT/val.txt, a line a video: `path label` or `path,label`, the path in double quotes or not,
+    relative to ROOT. ROOT/classes.txt, if there, names the classes, a line each."""
+    rows = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        file = existing(root, f"{split}.txt")
+        for number, line in enumerate(open(file, errors="surrogateescape"), 1):  # a path may hold any bytes
+            match = re.fullmatch(r'("?)(.+?)\1\s*[\s,]\s*(\d+)', line.strip())
+            if line.strip() and not match:
+                raise DataError(f"{file}, line {number}: {line.strip()!r} is not `path label` or `path,label`, label a number")
+            rows[split] += [(os.path.join(root, match[2]), int(match[3]))] if match else []
+    names, number = f"{root}/classes.txt", len({label for _, label in rows["train"]})
+    videos = assemble(root, open(names).read().splitlines() if os.path.isfile(names) else list(map(str, range(number))), rows)
+    videos.missing.extend((split, path) for split in SPLITS for path, _ in getattr(videos, split) if not os.path.isfile(path))
     return videos
 
-# ---------------------------------------------------------------- samples and batches
-class Clips(Dataset):
-    """Clips of labelled videos. Training: item (epoch, i) → one augmented clip (T, 3, S, S). Testing: item
-    i → all views of video i, (views, T, 3, S, S), from one decode. A video that cannot be read is None in
-    testing; in training another takes its place, and its message travels with the clip.
-    """
+def kinetics_data(root):
+    """train.csv, val.csv: label,youtube_id,time_start,time_end,split. train/, val/: CLASS/ID_000001_000011.mp4, or flat."""
+    name = lambda row: f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+    rows = {split: annotations(root, lambda file: [(split, name(row), row["label"]) for row in csv.DictReader(file)],
+                               f"{split}.csv", f"annotations/{split}.csv") for split in SPLITS}
+    return assemble(root, sorted({label for *_, label in rows["train"]}), rows)
 
-    def __init__(self, samples, num_frames, size, sampling="dense", stride=1, augment="crop", flip=True, seed=0,
-                 train=False, views=(1, 1)):
-        self.samples, self.num_frames, self.size, self.sampling, self.stride = samples, num_frames, size, sampling, stride
-        self.seed, self.train, self.views, self.augment = seed, train, views, augment
-        self.transform = training_transform(augment, size, flip)
+def something_data(root):
+    """something-something-v2-{train,validation,labels}.json, or labels/{…}.json; 20bn-something-something-v2/ID.webm."""
+    read = lambda name, parse: annotations(root, parse, f"something-something-v2-{name}.json", f"labels/{name}.json")
+    # A template reads "Putting [something] on [something]", its label has no brackets.
+    parse = lambda file: [("20bn-something-something-v2", str(clip["id"]), clip["template"].replace("[", "").replace("]", ""))
+                          for clip in json.load(file)]
+    numbers = read("labels", lambda file: {label: int(number) for label, number in json.load(file).items()})
+    return assemble(root, sorted(numbers, key=numbers.get), dict(train=read("train", parse), val=read("validation", parse)))
+
+def hmdb51_data(root, split=1):
+    """CLASS_test_split{1,2,3}.txt, lines of `video.avi use`, use 1 train, 2 test, 0 neither, in ROOT or its folder
+    testTrainMulti_7030_splits; CLASS/*.avi in ROOT, hmdb51_org or videos."""
+    ending, folder = f"_test_split{split}.txt", f"{root}/testTrainMulti_7030_splits"
+    folder = folder if os.path.isdir(folder) else root
+    classes = sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending))
+    if not classes:
+        raise DataError(f"{folder} has no file CLASS{ending}; --data hmdb51 needs one for each class")
+    place = next((p for p in ("hmdb51_org/", "videos/") if os.path.isdir(f"{root}/{p}{classes[0]}")), "")
+    parse = lambda file: [(os.path.splitext(video)[0], int(use)) for video, use in map(str.split, filter(str.strip, file))]
+    uses = {name: annotations(folder, parse, name + ending) for name in classes}
+    return assemble(root, classes, {split: [(place + name, video, name) for name in classes for video, use in uses[name]
+                                            if use == wanted] for split, wanted in zip(SPLITS, (1, 2))})
+
+def diving48_data(root):
+    """Diving48_V2_{train,test}.json, Diving48_vocab.json; rgb/ID.mp4."""
+    read = lambda name, parse: annotations(root, parse, f"Diving48_{name}.json", f"annotations/Diving48_{name}.json")
+    parse = lambda file: [("rgb", str(clip["vid_name"]), int(clip["label"])) for clip in json.load(file)]
+    classes = read("vocab", lambda file: [" ".join(words) for words in json.load(file)])
+    return assemble(root, classes, dict(train=read("V2_train", parse), val=read("V2_test", parse)))
+
+def annotations(root, parse, *names):
+    """parse(the first of these files that is there)."""
+    path = existing(root, *names)
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            return parse(file)
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise DataError(f"{path} is not as this data set's annotations are ({type(error).__name__}: {error})")
+
+def existing(root, *names):
+    """The path of the first of these that is in ROOT."""
+    for name in names:
+        if os.path.exists(f"{root}/{name}"):
+            return f"{root}/{name}"
+    raise DataError(f"{root}/{names[0]} is not there" + "".join(f", nor is {root}/{name}" for name in names[1:]))
+
+def video_files(folder):
+    """The paths of the video files in a folder and in its folders, sorted."""
+    return sorted(os.path.join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names
+                  if name.lower().endswith(VIDEO_SUFFIXES))
+
+def assemble(root, classes, rows):
+    """Rows of each split, (path, class) or (folder, name of the video without suffix, class) → Videos. A class is given by
+    its name or number."""
+    if not rows["train"]:
+        raise DataError(f"{root} has no training video")
+    numbers, listed, found, missing = {name: i for i, name in enumerate(classes)}, {}, {}, []
+    for split in SPLITS:
+        found[split], seen = [], Counter()
+        for *folder, video, label in rows[split]:
+            label = numbers.get(label, label)
+            if label not in range(len(classes)):
+                raise DataError(f"{root} gives the {split} video {video} the class {label!r}, which is none of its {len(classes)}")
+            for f in set(folder) - set(listed):  # to ask a network disk for each of 240,000 names would take minutes
+                listed[f] = {os.path.splitext(os.path.basename(path))[0]: path for path in video_files(f"{root}/{f}")}
+            path = listed[folder[0]].get(video) if folder else video
+            found[split] += [(path, label)] if path else []
+            missing += [] if path else [(split, f"{root}/{folder[0]}/{video}")]
+        # The first video of each class, then the second of each, …: then --limit sees all classes.
+        found[split].sort(key=lambda sample: (seen.update([sample[1]]) or seen[sample[1]], sample[1]))
+    return Videos(found["train"], found["val"], classes, missing)
+
+SOURCES = dict(
+    k400=kinetics_data, ssv2=something_data, hmdb51=hmdb51_data, diving48=diving48_data, folder=folder_data, list=list_data,
+    demo=lambda root: drawn_data(root, (1536, 256), draw_moving, MOVING_CLASSES),
+    stills=lambda root: drawn_data(root, (24600, 410), draw_still, STILL_CLASSES))
+
+def find_videos(data, root=None, split=None, strict=True):
+    """The lists of a data set; raises DataError. split: HMDB51's. Not strict: videos may be missing and classes empty."""
+    root = root or os.path.join("data", data)
+    if split and data != "hmdb51":
+        raise DataError(f"--split chooses one of HMDB51's three; {data} has one")
+    if data not in ("demo", "stills") and not os.path.isdir(root):
+        raise DataError(f"the data folder {root} is not there; say with --root where the {data!r} data are")
+    videos = SOURCES[data](root, split) if split else SOURCES[data](root)
+    if not strict:
+        return videos
+    for split in SPLITS:
+        absent = [path for s, path in videos.missing if s == split]
+        listed = len({path for path, _ in getattr(videos, split)} | set(absent))
+        if len(absent) > (listed // 5 if data == "k400" else 0):  # every download of Kinetics lacks some; the others come whole
+            raise DataError(f"{len(absent)} of {listed} {split} videos are not there; the first: {absent[0]}")
+    if len(videos.classes) < 2 or not videos.val:
+        raise DataError(f"{root} has {len(videos.classes)} classes and {len(videos.val)} validation videos; it needs two and one")
+    empty = sorted(set(range(len(videos.classes))) - {label for _, label in videos.train})
+    if empty and data != "diving48":  # its corrected labels (V2) leave one of the 48 empty
+        raise DataError(f"{root} has no training video of the class {videos.classes[empty[0]]!r}")
+    return videos
+
+# ---------------------------------------------------------------- training samples
+class Clips(Dataset):
+    """Training clips of labelled videos: item (epoch, i) → (augmented clip (T, 3, S, S) uint8, label, messages). Another
+    video takes the place of one that cannot be read, and the message travels with it."""
+
+    def __init__(self, samples, num_frames, size, sampling="dense", strides=(1,), augment="rand", flip=True, erasing=0.0, seed=0):
+        self.samples, self.num_frames, self.size, self.sampling, self.strides = samples, num_frames, size, sampling, strides
+        self.augment, self.seed = augment, seed
+        self.transform = training_transform(augment, size, flip, erasing)
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, item):
-        return self.training_item(*item) if self.train else self.test_item(item)
-
-    def training_item(self, epoch, index):
         # What is drawn depends on (seed, epoch, index) alone: not on the worker, nor on what came before.
+        (epoch, index), failures, frames = item, [], None
         rng = np.random.default_rng([self.seed, epoch, index])
         position = rng.random() if self.sampling == "dense" else rng.random(self.num_frames)
-        plan = lambda n: clip_frames(n, self.num_frames, self.sampling, self.stride, position)
-        failures, frames = [], None
+        stride = self.strides[rng.integers(len(self.strides))]
         while frames is None:
             path, label = self.samples[index]
             try:
-                frames = read_frames(path, plan)
+                frames = read_frames(path, lambda n: clip_frames(n, self.num_frames, self.sampling, stride, position))
                 if self.augment == "translate" and frames.shape[1:3] != (self.size, self.size):
                     raise VideoError(f"{path} is {frames.shape[2]}x{frames.shape[1]}, and translation, which resamples nothing,"
                                      f" takes {self.size}x{self.size}")
             except VideoError as error:
-                frames = None
                 failures.append(str(error))
                 if len(failures) == 10:
                     return None, label, failures
-                index = int(rng.integers(len(self)))
+                index, frames = int(rng.integers(len(self))), None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
             clip = self.transform(torch.from_numpy(frames).permute(0, 3, 1, 2))
         return clip.contiguous(), label, failures
-
-    def test_item(self, index):
-        path, label = self.samples[index]
-        clips, crops = self.views
-        # dense: starts evenly spread over the video; uniform: points evenly spread over each segment
-        places = [0.5 if clips == 1 else c / (clips - 1) if self.sampling == "dense" else (c + 0.5) / clips
-                  for c in range(clips)]
-        plan = lambda n: np.concatenate([clip_frames(n, self.num_frames, self.sampling, self.stride, p) for p in places])
-        try:
-            frames = read_frames(path, plan)
-        except VideoError as error:
-            return None, label, index, str(error)
-        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        views = [crop for clip in frames.split(self.num_frames) for crop in test_crops(clip, self.size, crops)]
-        return torch.stack(views), label, index, None
-
-def collate(items):
-    """Training items → clips (B, T, 3, S, S) uint8 (None after ten unreadable videos in a row), labels (B,), messages."""
-    clips, labels, failures = zip(*items)
-    clips = None if any(clip is None for clip in clips) else torch.stack(clips)
-    return clips, torch.tensor(labels), sum(failures, [])
-
-class BatchOrder(Sampler):
-    """The training batches of this process: lists of (epoch, index). The order depends on (seed, epoch)
-    alone and is cut into global batches first, so any number of processes trains on the same ones."""
-
-    def __init__(self, size, global_batch, seed=0, rank=0, world=1):
-        self.size, self.global_batch, self.seed, self.rank, self.world = size, global_batch, seed, rank, world
-        self.epoch = 0
-
-    def __len__(self):
-        return self.size // self.global_batch
-
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        for step in range(len(self)):
-            batch = order[step * self.global_batch:(step + 1) * self.global_batch]
-            yield [(self.epoch, int(i)) for i in np.array_split(batch, self.world)[self.rank]]
 
 # ---------------------------------------------------------------- drawn data: the demo and its stills
 MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 TEXTURES = ("horizontal", "vertical")
 MOVING_CLASSES = [(motion, texture) for motion in MOTIONS for texture in TEXTURES]
 STILL_CLASSES = [(texture, cell) for texture in TEXTURES for cell in range(16)] + [("sheet", cell) for cell in range(9)]
-SIZE, FRAMES = 64, 16  # what the `tiny` backbone and the demo's recipe take
-SAMPLED = (0, 4, 8, 12)  # the frames that the demo's spatial path sees
+SIZE, SAMPLED = 64, (0, 4, 8, 12)  # pixels per side; which of the 16 frames the demo's spatial path sees
 
 class Scene:
-    """A striped thing on a smooth background; the seed decides everything but its stripes and place.
-    The stripes, 2 px dark and 2 px light, vanish when a frame is shrunk by 4. The background has no
-    noise: behind a moving thing the codec would leave a trace of it that betrays the direction.
-    """
+    """A striped thing on a smooth background; the seed decides everything but its stripes and place. The stripes, 2 px dark
+    and 2 px light, vanish when a frame is shrunk by 4. The background has no noise: behind a moving thing the codec would
+    leave a trace of it that betrays the direction."""
 
     def __init__(self, rng):
-        y, x = np.mgrid[:SIZE, :SIZE][..., None] / SIZE - 0.5
         tint = lambda: rng.uniform(-25, 25, 3)
         luma, contrast = rng.uniform(90, 165), rng.uniform(55, 80)
         self.colour = luma + tint()
+        y, x = np.mgrid[:SIZE, :SIZE][..., None] / SIZE - 0.5
         self.background = luma + (contrast if luma < 127 else -contrast) + tint()
         self.background = self.background + y * rng.uniform(-30, 30, 3) + x * rng.uniform(-30, 30, 3)
-        self.radius = int(rng.choice((8, 10)))  # whole periods of the stripes across
-        self.round = bool(rng.integers(2))
+        self.radius, self.round = int(rng.choice((8, 10))), bool(rng.integers(2))  # whole periods of the stripes across
 
     def draw(self, texture, cy, cx):
         """The thing centred on the corner (cy, cx) between pixels → (SIZE, SIZE, 3) uint8."""
-        y, x = np.mgrid[:SIZE, :SIZE] + 0.5
-        y, x, r = y - cy, x - cx, self.radius
-        depth = r - (np.hypot(y, x) if self.round else np.maximum(abs(y), abs(x)))  # px to the rim, < 0 outside
+        y, x = np.mgrid[:SIZE, :SIZE] + 0.5 - np.reshape((cy, cx), (2, 1, 1))
+        depth = self.radius - (np.hypot(y, x) if self.round else np.maximum(abs(y), abs(x)))  # px to the rim, < 0 outside
         along = y if texture == "horizontal" else x
         stripes = np.where((along // 2) % 2 == 0, 45, -45) * (depth / 2).clip(0, 1)  # fade towards the rim
         image = np.where((depth > 0)[..., None], self.colour + stripes[..., None], self.background)
@@ -426,14 +442,12 @@ def draw_moving(seed, motion, texture):
     """One clip of the demo → (16, 64, 64, 3) uint8. With the same seed, left and right (up and down) show
     the same sampled frames in opposite order: the path is centred on the middle of those."""
     rng = np.random.default_rng(seed)
-    scene = Scene(rng)
-    speed = rng.uniform(2.2, 3.0)  # px a frame: 33 to 45 px in all
-    steps = np.rint(speed * (np.arange(FRAMES) - np.mean(SAMPLED)))
+    scene, speed = Scene(rng), rng.uniform(2.2, 3.0)  # px a frame: 33 to 45 px in all
     margin = scene.radius + round(speed * np.mean(SAMPLED))
     along, across = rng.integers(margin, SIZE - margin + 1), rng.integers(scene.radius, SIZE - scene.radius + 1)
-    (dy, dx) = MOTIONS[motion]
+    dy, dx = MOTIONS[motion]
     cy, cx = (along, across) if dy else (across, along)
-    return np.stack([scene.draw(texture, cy + dy * s, cx + dx * s) for s in steps])
+    return np.stack([scene.draw(texture, cy + dy * s, cx + dx * s) for s in np.rint(speed * (np.arange(16) - np.mean(SAMPLED)))])
 
 def draw_still(seed, kind, cell):
     """One still, a clip of one frame → (1, 64, 64, 3) uint8. Either one thing, whose texture and cell (4 x 4)
@@ -442,14 +456,11 @@ def draw_still(seed, kind, cell):
     rng = np.random.default_rng(seed)
     scene = Scene(rng)
     if kind != "sheet":
-        cy, cx = np.divmod(cell, 4)
-        place = lambda c: int(np.clip(rng.integers(c * 16, c * 16 + 16), scene.radius // 2, SIZE - scene.radius // 2))
-        return scene.draw(kind, place(cy), place(cx))[None]
-    cy, cx = np.divmod(cell, 3)
-    place = lambda c: int(rng.integers(8 + c * 16, 8 + c * 16 + 16))
+        low, high = scene.radius // 2, SIZE - scene.radius // 2
+        return scene.draw(kind, *[int(np.clip(rng.integers(c * 16, c * 16 + 16), low, high)) for c in divmod(cell, 4)])[None]
     texture = TEXTURES[rng.integers(2)]
-    frames = torch.from_numpy(np.stack([scene.draw(texture, place(cy), place(cx)) for _ in range(16)]))
-    return frameset(frames.permute(0, 3, 1, 2)[None])[0].permute(0, 2, 3, 1).numpy()
+    frames = [scene.draw(texture, *[int(rng.integers(8 + c * 16, 24 + c * 16)) for c in divmod(cell, 3)]) for _ in range(16)]
+    return frameset(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[None])[0].permute(0, 2, 3, 1).numpy()
 
 def write_video(path, frames, rate=8, **options):
     """frames (T, H, W, 3) uint8 → an H.264 mp4 at `path`, the same bytes every time."""
@@ -463,52 +474,77 @@ def write_video(path, frames, rate=8, **options):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
-def draw_once(root, split, number, draw, classes):
-    """Draw and encode a drawn data set into ROOT/SPLIT, unless it is there. A folder appears only whole."""
-    final = os.path.join(root, split)
-    if os.path.isdir(final):
-        return
-    temporary = f"{final}.{os.getpid()}.tmp"
-    for kind in classes:
-        os.makedirs(os.path.join(temporary, "_".join(map(str, kind))))
-    jobs = [(temporary, i, [split == "val", i], draw, classes[i % len(classes)]) for i in range(number)]
-    try:
-        with multiprocessing.Pool(min(8, os.cpu_count()), torch.set_num_threads, (1,)) as pool:
-            for _ in tqdm(pool.imap_unordered(draw_file, jobs, chunksize=16), f"drawing {final}", number, unit="video"):
+def drawn_data(root, numbers, draw, classes):
+    """Draws and encodes ROOT/train and ROOT/val, unless they are there; a folder appears only whole."""
+    for split, number in zip(SPLITS, numbers):
+        final, temporary = f"{root}/{split}", f"{root}/{split}.{os.getpid()}.tmp"
+        try:
+            jobs = [(temporary, i, [split == "val", i], draw, classes[i % len(classes)]) for i in range(number)]
+            for _ in () if os.path.isdir(final) else in_parallel(draw_file, jobs, f"drawing {final}"):
                 pass
-        if not os.path.isdir(final):  # another run may have finished first
-            os.rename(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            if not os.path.isdir(final):  # another run may have finished first
+                os.rename(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder_data(root)
 
 def draw_file(job):
     folder, i, seed, draw, kind = job
-    write_video(os.path.join(folder, "_".join(map(str, kind)), f"{i:05d}.mp4"), draw(seed, *kind))
+    folder = os.path.join(folder, "_".join(map(str, kind)))
+    os.makedirs(folder, exist_ok=True)
+    write_video(f"{folder}/{i:05d}.mp4", draw(seed, *kind))
+
+def in_parallel(work, jobs, title):
+    """Yields work(job) of each job, in order; several processes of one thread each do it."""
+    with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count()), None, torch.set_num_threads, (1,)) as pool:
+        yield from tqdm(pool.map(work, jobs, chunksize=16), title, len(jobs), unit="video")
 
 # ---------------------------------------------------------------- check a data set
+def try_video(path, num_frames, sampling, augment):
+    """(number of frames, what is wrong or None, seconds for reading, seconds for augmenting) of one training sample."""
+    start, counts = time.perf_counter(), []
+    try:
+        frames = read_frames(path, lambda n: counts.append(n) or clip_frames(n, num_frames, sampling, 4, 0.5))
+    except VideoError as error:
+        return 0, str(error), 0, 0
+    read = time.perf_counter()
+    training_transform(augment, 224, flip=True)(torch.from_numpy(frames).permute(0, 3, 1, 2)).contiguous()
+    return counts[0], None, read - start, time.perf_counter() - read
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check a data set, then time its reading.")
+    parser = argparse.ArgumentParser(description="Make one training sample of every video; report problems and speed.")
     parser.add_argument("--data", default="demo", choices=SOURCES)
     parser.add_argument("--root", help="folder of the data (default data/NAME)")
-    parser.add_argument("--frames", type=int, default=16, help="frames per clip")
-    parser.add_argument("--size", type=int, default=224, help="pixels per side")
-    parser.add_argument("--limit", type=int, default=500, help="videos to time")
+    parser.add_argument("--split", type=int, choices=(1, 2, 3), help="HMDB51's (default 1)")
+    parser.add_argument("--frames", type=int, default=32, help="frames per clip, of 224 px")
+    parser.add_argument("--sampling", choices=("dense", "uniform"), default="uniform", help="every fourth, or the whole length")
+    parser.add_argument("--augment", choices=("rand", "crop"), default="rand", help="with RandAugment or without")
+    parser.add_argument("--limit", type=int, help="only so many videos, drawn by chance")
     args = parser.parse_args(argv)
     try:
-        videos = find_videos(args.data, args.root)
-    except DataError as error:
+        videos = find_videos(args.data, args.root, args.split, strict=False)
+    except (DataError, OSError) as error:
         raise SystemExit(f"data.py: {error}")
     print(f"{len(videos.train)} training and {len(videos.val)} validation videos, {len(videos.classes)} classes")
-    clips = Clips(videos.train + videos.val, args.frames, args.size, train=True)
-    torch.set_num_threads(1)  # as in a loader's worker
-    failures, start = [], time.perf_counter()
-    order = np.random.default_rng(0).permutation(len(clips))[:args.limit]
-    for i in tqdm(order, "reading", unit="clip"):
-        failures += clips[0, int(i)][2]
-    rate = len(order) / (time.perf_counter() - start)
-    print("".join(f"{line}\n" for line in failures[:20]), end="")
-    print(f"{rate:.1f} clips/s per worker ({args.frames} frames of {args.size} px), so {1000 / rate:.0f} workers for 1,000;"
-          f" {len(failures)} reads failed over {len(order)} videos")
+    problems, seconds = [("missing", path, split) for split, path in videos.missing], []
+    for split in SPLITS:
+        labels = {label for _, label in getattr(videos, split)}
+        problems += [(f"no {split} video", name, "") for i, name in enumerate(videos.classes) if i not in labels]
+    paths = sorted({path for path, _ in videos.train + videos.val} - {path for _, path in videos.missing})
+    paths = [paths[i] for i in sorted(np.random.default_rng(0).permutation(len(paths))[:args.limit])]
+    work = partial(try_video, num_frames=args.frames, sampling=args.sampling, augment=args.augment)
+    for path, (count, error, *times) in zip(paths, in_parallel(work, paths, "reading")):
+        if error or count < args.frames:
+            problems.append(("unreadable", path, error) if error else ("short", path, f"{count} frames"))
+        seconds += [] if error else [times]
+    with open(f"problems-{args.data}.csv", "w", newline="", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("problem", "video or class", "details"), *problems])
+    kinds = [f"{n} x {kind}" for kind, n in Counter(kind for kind, *_ in problems).items()]
+    print(f"{len(paths)} videos read; problems: {', '.join(kinds) or 'none'}; wrote problems-{args.data}.csv")
+    if seconds:
+        reading, augmenting = 1000 * np.mean(seconds, axis=0)
+        print(f"a sample: {reading:.1f} ms reading + {augmenting:.1f} ms augmenting; {1000 / (reading + augmenting):.1f} samples/s"
+              f" per worker, {reading + augmenting:.0f} workers for 1,000 clips/s")
 
 if __name__ == "__main__":
     main()

@@ -8,14 +8,17 @@
 import argparse
 import csv
 import datetime
+import hashlib
 import json
 import os
 import re
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 import data
@@ -62,11 +65,43 @@ def autocast_type(name, device):
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
+class Views(Dataset):
+    """All test views of labelled videos: item i → ((clips × crops, T, 3, S, S) uint8, label, i, None), from one decode of the
+    video; or (None, label, i, message) of one that cannot be read, for which nothing is ever substituted."""
+
+    def __init__(self, samples, num_frames, size, sampling="dense", stride=1, views=(1, 1)):
+        self.samples, self.num_frames, self.size, self.sampling, self.stride = samples, num_frames, size, sampling, stride
+        self.views = views
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        clips, crops = self.views
+        # dense: starts evenly spread over the video; uniform: points evenly spread over each segment
+        places = [0.5 if clips == 1 else c / (clips - 1) if self.sampling == "dense" else (c + 0.5) / clips
+                  for c in range(clips)]
+        plan = lambda n: np.concatenate([data.clip_frames(n, self.num_frames, self.sampling, self.stride, p) for p in places])
+        try:
+            frames = torch.from_numpy(data.read_frames(path, plan)).permute(0, 3, 1, 2)
+        except data.VideoError as error:
+            return None, label, index, str(error)
+        views = [crop for clip in frames.split(self.num_frames) for crop in test_crops(clip, self.size, crops)]
+        return torch.stack(views), label, index, None
+
+def test_crops(clip, size, crops):
+    """(T, 3, H, W) with the shorter side resized to `size` → 1 (centre) or 3 (start, centre, end of the longer side) squares."""
+    clip = F.resize(clip, [size], antialias=True)
+    room = [clip.shape[-2] - size, clip.shape[-1] - size]
+    places = [0.5] if crops == 1 else [c / (crops - 1) for c in range(crops)]
+    return [F.crop(clip, round(room[0] * p), round(room[1] * p), size, size) for p in places]
+
 @torch.no_grad()
 def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evaluating"):
     """Softmax averaged over all views of each video; every video exactly once, whatever the number of processes.
 
-    clips: data.Clips for testing. Returns a row per video, ordered and the same in every process:
+    clips: the Views. Returns a row per video, ordered and the same in every process:
     (index, label, likeliest classes (≤ 5), their scores, None), or (index, label, [], [], error).
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -105,6 +140,12 @@ def summarise(rows):
     return dict(videos=len(rows), failed=failed, top1=top1 / len(rows), top5=top5 / len(rows),
                 top1_readable=top1 / readable, top5_readable=top5 / readable)
 
+def fingerprint(samples):
+    """SHA-256 over the names and labels of videos, whatever their folders and containers: two downloads of Kinetics differ
+    by hundreds of videos, and their accuracies by as much as papers argue about."""
+    lines = sorted(f"{os.path.splitext(os.path.basename(path))[0]}\t{label}\n" for path, label in samples)
+    return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
+
 def at_least(least):
     """The type, for argparse, of whole numbers from `least`."""
     def parse(text):
@@ -134,6 +175,7 @@ def main(argv=None):
     parser.add_argument("video", nargs="*", help="classify these files instead of evaluating a data set")
     parser.add_argument("--data", choices=data.SOURCES, help="data set (default: the one it was trained on)")
     parser.add_argument("--root", help="folder of the data (default: the one it was trained on)")
+    parser.add_argument("--split", type=int, choices=(1, 2, 3), help="HMDB51's (default: the one it was trained on)")
     parser.add_argument("--views", type=parse_views, metavar="CLIPSxCROPS", help="views per video (default: the recipe's)")
     parser.add_argument("--backbone", help="where the image model is here, if not where it was in training")
     parser.add_argument("--pretrained", help="likewise, the file or tag of its weights")
@@ -150,21 +192,26 @@ def main(argv=None):
         model, content = models.load_checkpoint(args.checkpoint, args.backbone, args.pretrained)
         run = content["run"]
         if args.video:
-            samples = [(path, -1) for path in args.video]
+            samples, missing = [(path, -1) for path in args.video], 0
         else:
             source = args.data or run["data"]
-            videos = data.find_videos(source, args.root or (run["root"] if source == run["data"] else None))
+            same = source == run["data"]
+            videos = data.find_videos(source, args.root or (run["root"] if same else None),
+                                      args.split or (run.get("split") if same else None))
             if videos.classes != run["classes"]:
                 raise data.DataError(f"the classes of {source} ({len(videos.classes)}) are not the {len(run['classes'])} that"
                                      " the checkpoint knows")
-            samples = videos.val[:args.limit]
+            was = run.get("val_fingerprint") if same else None
+            if rank == 0 and was and was != fingerprint(videos.val):
+                print(f"note: these {len(videos.val)} validation videos are not the {run['val_videos']} that the training had")
+            samples, missing = videos.val[:args.limit], sum(split == "val" for split, _ in videos.missing)
         if args.predictions:
             open(args.predictions, "a").close()  # better now than after the evaluation
-        return dtype, model.to(device), run, samples
+        return dtype, model.to(device), run, samples, missing
 
-    dtype, model, run, samples = in_turn(set_up)
+    dtype, model, run, samples, missing = in_turn(set_up)
     views, names = args.views or tuple(run["views"]), run["classes"]
-    clips = data.Clips(samples, model.num_frames, model.visual.image_size[0], run["sampling"], run["test_stride"], views=views)
+    clips = Views(samples, model.num_frames, model.visual.image_size[0], run["sampling"], run["test_stride"], views)
     rows = predict(model, clips, device, dtype, 1 if args.video else args.batch, 0 if args.video else args.workers)
     if world > 1:
         dist.destroy_process_group()
@@ -173,9 +220,9 @@ def main(argv=None):
     if args.video:
         return show_videos(rows, clips, names)
     result = dict(summarise(rows), checkpoint=args.checkpoint, data=args.data or run["data"], views="%dx%d" % views,
-                  limit=args.limit)
+                  limit=args.limit, missing=missing, fingerprint=fingerprint(samples))
     print(f"top-1 {100 * result['top1']:.2f} %   top-5 {100 * result['top5']:.2f} %   ({result['videos']} videos,"
-          f" {views[0]} clips x {views[1]} crops)")
+          f" {views[0]} clips x {views[1]} crops)" + (f"; {missing} listed videos are not there" if missing else ""))
     if result["failed"]:
         print(f"{result['failed']} videos could not be read and count as wrong; over the readable ones top-1"
               f" {100 * result['top1_readable']:.2f} %, top-5 {100 * result['top5_readable']:.2f} %")

@@ -6,6 +6,9 @@ import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -697,6 +700,76 @@ def test_hostile_files_meet_limits(tmp_path, monkeypatch):
             with pytest.raises(data.VideoError, match=words):
                 data.read_frames(path, [0])
 
+def mutate(rng, content, other):
+    """A damaged copy of a file: bytes flipped, set, cut out, doubled, truncated, or another file's header in front."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        kind, size = rng.integers(8), len(content)
+        front = rng.random() < 0.5  # headers and indices are worth more damage than pictures
+        at = int(rng.integers(min(size, 2000))) if front else size - 1 - int(rng.integers(min(size, 4000))) if rng.random() < 0.5 else int(rng.integers(size))
+        length = int(rng.integers(1, 200))
+        if kind <= 2:
+            for place in rng.integers(0, min(size, 4000) if front else size, rng.integers(1, 50)):
+                content[place] ^= 1 << rng.integers(8)
+        elif kind == 3:
+            content[at:at + 4] = rng.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1"])
+        elif kind == 4:
+            del content[at:at + length]
+        elif kind == 5:
+            content[at:at] = content[at:at + length]
+        elif kind == 6:
+            del content[max(1, at):]
+        else:
+            content[:length] = other[:length]
+        content = content or bytearray(b"x")
+    return bytes(content)
+
+def fuzz(sources, folder, number, seed=0):
+    """Reads `number` mutations of the source files → how many gave frames and errors, the slowest in s, the memory's growth
+    over the second half in MiB. Anything else than frames or VideoError is raised. By hand: python -c "import glob, test_all;
+    print(test_all.fuzz(glob.glob('DIR/*'), '/tmp', 5000))"."""
+    rng, files = np.random.default_rng(seed), [open(path, "rb").read() for path in sources]
+    suffixes, counts, slowest, memory = [os.path.splitext(path)[1] for path in sources], [0, 0], 0, []
+    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    for i in range(number):
+        k, other = rng.integers(len(files), size=2)
+        path = os.path.join(folder, f"mutated{suffixes[k]}")
+        with open(path, "wb") as file:
+            file.write(mutate(rng, files[k], files[other]))
+        start = time.perf_counter()
+        try:
+            frames = data.read_frames(path, lambda n: data.clip_frames(n, 8, "uniform", 1, 0.5))
+            assert frames.dtype == np.uint8 and frames.shape[0] == 8 and frames.shape[3] == 3
+            counts[0] += 1
+        except data.VideoError as error:
+            assert path in str(error) and "\n" not in str(error)
+            counts[1] += 1
+        slowest = max(slowest, time.perf_counter() - start)
+        memory.append(resident())
+    return dict(frames=counts[0], errors=counts[1], slowest=round(slowest, 2), growth=round(max(memory) - max(memory[:number // 2 + 1]), 1))
+
+def test_damaged_files_give_frames_or_the_one_error(tmp_path):
+    for name in ("two-keys.mp4", "pyramid.mkv", "mpeg4-b.avi", "vp9.webm", "stream.ts", "mpeg2.mpg", "wmv.wmv"):
+        write_anything(str(tmp_path / name), **FILES[name])
+    (tmp_path / "out").mkdir()
+    code = (f"import glob, json, test_all\nprint(json.dumps(test_all.fuzz(sorted(glob.glob({str(tmp_path)!r} + '/*.*')),"
+            f" {str(tmp_path / 'out')!r}, 250)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=os.path.dirname(os.path.abspath(__file__)))
+    assert done.returncode == 0, done.stderr[-2000:]  # a crash of the decoder would be a signal here
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["frames"] + result["errors"] == 250 and min(result["frames"], result["errors"]) > 20
+    assert result["slowest"] < 20 and result["growth"] < 100
+
+def test_reading_does_not_leak(tmp_path):
+    path = write_anything(str(tmp_path / "a.mp4"), **x264())
+    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    for i in range(300):
+        data.read_frames(path, [i % 60])
+        if i == 99:
+            before = resident()
+    assert resident() - before < 8
+    assert len(os.listdir("/proc/self/fd")) < 200
+
 def test_dense_clips_cover_the_video_and_repeat_the_last_frame():
     frames = lambda n, position, T=4, stride=2: data.clip_frames(n, T, "dense", stride, position).tolist()
     assert frames(10, 0) == [0, 2, 4, 6] and frames(10, 1) == [3, 5, 7, 9]
@@ -750,13 +823,13 @@ def stop_midway(*args):
 
 def test_drawing_is_deterministic_and_whole_or_absent(tmp_path):
     for name in "ab":
-        data.draw_once(str(tmp_path / name), "train", 16, data.draw_moving, data.MOVING_CLASSES)
+        data.drawn_data(str(tmp_path / name), (16, 8), data.draw_moving, data.MOVING_CLASSES)
     files = sorted(os.path.relpath(os.path.join(d, f), tmp_path / "a") for d, _, fs in os.walk(tmp_path / "a") for f in fs)
-    assert len(files) == 16
+    assert len(files) == 24
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
 
     with pytest.raises(RuntimeError, match="stopped midway"):
-        data.draw_once(str(tmp_path / "c"), "train", 16, stop_midway, data.MOVING_CLASSES)
+        data.drawn_data(str(tmp_path / "c"), (16, 8), stop_midway, data.MOVING_CLASSES)
     assert os.listdir(tmp_path / "c") == []
 
 def test_stills_show_their_class():
@@ -781,8 +854,7 @@ def test_stills_show_their_class():
 
 def micro_set(root, train=16, val=8):
     """A demo of a few videos, by the demo's own code."""
-    for split, number in (("train", train), ("val", val)):
-        data.draw_once(str(root), split, number, data.draw_moving, data.MOVING_CLASSES)
+    data.drawn_data(str(root), (train, val), data.draw_moving, data.MOVING_CLASSES)
     return str(root)
 
 @pytest.fixture(scope="module")
@@ -795,35 +867,194 @@ def test_folders_and_their_mistakes(micro, tmp_path):
     assert all(videos.classes[label] == os.path.basename(os.path.dirname(path)) for path, label in videos.train)
     root = tmp_path / "x"
     find = lambda: data.find_videos("folder", str(root))
+    touch = lambda path: ((root / path).parent.mkdir(parents=True, exist_ok=True), (root / path).touch())
     for make, words in ((lambda: None, "x is not there"), (root.mkdir, "train is not there"),
-                        (lambda: (root / "train/a").mkdir(parents=True), "1 folders"),
-                        (lambda: (root / "train/b").mkdir(), "val is not there"),
-                        (lambda: (root / "val/c").mkdir(parents=True), "class 'c'"),
-                        (lambda: (root / "val/c").rmdir(), "train/a has no video")):
+                        (lambda: (root / "train/a").mkdir(parents=True), "val is not there"),
+                        (lambda: (root / "val/a").mkdir(parents=True), "has no training video"),
+                        (lambda: touch("train/a/1.mp4"), "1 classes and 0 validation"),
+                        (lambda: touch("val/a/2.MKV"), "1 classes and 1 validation"),
+                        (lambda: (root / "train/b").mkdir(), "no training video of the class 'b'"),
+                        (lambda: (touch("val/c/note.txt"), touch("train/b/deep/3.webm"), touch("val/c/4.mp4")), "4.mp4 the class 'c'")):
         make()
         with pytest.raises(data.DataError, match=words):
             find()
+    (root / "val/c/4.mp4").unlink()
+    assert [os.path.relpath(path, root) for path, _ in find().train + find().val] == ["train/a/1.mp4", "train/b/deep/3.webm", "val/a/2.MKV"]
 
 def test_lists_and_their_mistakes(tmp_path):
     for name in ("a.mp4", "b c.mp4", "d,e.mp4"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "val.txt").write_text("a.mp4,1\n")
     train = tmp_path / "train.txt"
-    train.write_text('a.mp4 0\n"b c.mp4" 1\n\n"b c.mp4",0\n"d,e.mp4",1\n')
+    train.write_text('a.mp4 0\n"b c.mp4" 1\n\nb c.mp4, 0\n"d,e.mp4",1\n')
     videos = data.find_videos("list", str(tmp_path))
     assert [(os.path.basename(p), label) for p, label in videos.train] == [("a.mp4", 0), ("b c.mp4", 1), ("b c.mp4", 0), ("d,e.mp4", 1)]
     assert videos.classes == ["0", "1"] and videos.val == [(str(tmp_path / "a.mp4"), 1)]
     (tmp_path / "classes.txt").write_text("walk\nrun\n")
     assert data.find_videos("list", str(tmp_path)).classes == ["walk", "run"]
-    for text, words in (("a.mp4\n", "line 1"), ("a.mp4 0\na.mp4 x\n", "line 2"), ("a.mp4 0\na.mp4 7\n", "label 7"), ("a.mp4 0\na.mp4 4000000000\n", "label 4000000000"), ("", "no video"),
-                        ("a.mp4 0\nz.mp4 1\n", "1 of 3 videos are not there; the first.*z.mp4"), ("a.mp4 1\n", "class 0 has none")):
+    for text, words in (("a.mp4\n", "line 1"), ("a.mp4 0\na.mp4 x\n", "line 2"), ("a.mp4 0\na.mp4 7\n", "a.mp4 the class 7.* none of its 2"),
+                        ("a.mp4 0\na.mp4 4000000000\n", "class 4000000000"), ("", "no training video"), ("a.mp4 0\n7\n", "line 2"),
+                        ("a.mp4 0\nz.mp4 1\n", "1 of 2 train videos are not there; the first.*z.mp4"), ("a.mp4 1\n", "no training video of the class 'walk'")):
         train.write_text(text)
         with pytest.raises(data.DataError, match=words):
             data.find_videos("list", str(tmp_path))
 
+MPEG4, VP9 = dict(codec="mpeg4", codec_options={"g": "12", "bf": "2"}), dict(codec="libvpx-vp9", codec_options={"g": "20"})
+CLIMB = "Moving something up"
+
+def benchmark(name, root):
+    """A miniature of a benchmark, in the layout of its download: → {split: [(file, class)]}, files relative to the root."""
+    def video(path, **how):
+        os.makedirs(os.path.dirname(root / path), exist_ok=True)
+        write_anything(str(root / path), **{**x264(), "number": 20, **how})
+        return path
+
+    def text(path, content):
+        os.makedirs(os.path.dirname(root / path), exist_ok=True)
+        (root / path).write_text(content if isinstance(content, str) else json.dumps(content))
+
+    head = "label,youtube_id,time_start,time_end,split\n"
+    if name.startswith("k400"):  # nested folders, or flat as the archives have it with the lists in their own folder
+        at = lambda split, label, file: f"{split}/{label}/{file}" if name == "k400" else f"{split}/{file}"
+        lists = "" if name == "k400" else "annotations/"
+        found = {split: [(video(at(split, label, f"{video_id}_{start:06d}_{start + 10:06d}.mp4")), label) for label, video_id, start in rows]
+                 for split, rows in (("train", [("zumba", "--a_000001", 1), ("petting animal (not cat)", "b-#_c", 15), ("zumba", "d", 123)]),
+                                     ("val", [("petting animal (not cat)", "e", 0), ("zumba", "f", 7)]))}
+        text(lists + "train.csv", head + '"zumba",--a_000001,1,11,train\n"petting animal (not cat)",b-#_c,15,25,train\nzumba,d,123,133,train\n')
+        text(lists + "val.csv", head + '"petting animal (not cat)",e,0,10,val\nzumba,f,7,17,val\n')
+        text(lists + "test.csv", "youtube_id,time_start,time_end,split\nx,1,11,test\n")
+        return found
+    if name.startswith("ssv2"):
+        file = lambda split: f"something-something-v2-{split}.json" if name == "ssv2" else f"labels/{split}.json"
+        clip = lambda i, template: {"id": str(i), "label": "moving a pen up", "template": template, "placeholders": ["a pen"]}
+        text(file("labels"), {CLIMB: "1", "Putting something, into something": "0"})
+        text(file("train"), [clip(7, "Moving [something] up"), clip(8, "Putting [something], into [something]"), clip(70, "Moving [something] up")])
+        text(file("validation"), [clip(100, "Putting [something], into [something]"), clip(9, "Moving [something] up")])
+        text(file("test"), [{"id": "11"}])
+        webm = lambda i, label, **how: (video(f"20bn-something-something-v2/{i}.webm", **dict(VP9, **how)), label)
+        return dict(train=[webm(7, CLIMB, number=9), webm(8, "Putting something, into something"), webm(70, CLIMB)],
+                    val=[webm(100, "Putting something, into something"), webm(9, CLIMB, number=1)])
+    if name.startswith("hmdb51"):
+        splits, place = ("testTrainMulti_7030_splits/", "hmdb51_org/") if name == "hmdb51 as unpacked" else ("", "")
+        uses = {"draw_sword": {"a#1_(x);y!_@z.avi": (1, 2, 0), "b[0]&.avi": (2, 1, 1), "c.avi": (0, 1, 2)}, "sword": {"a#1_(x);y!_@z.avi": (2, 1, 2), "%d.AVI": (1, 2, 1)}}
+        for label, videos in uses.items():
+            for file in videos:
+                video(f"{place}{label}/{file}", **MPEG4)
+            for i in range(3):
+                text(f"{splits}{label}_test_split{i + 1}.txt", "".join(f"{file} {use[i]} \n" for file, use in videos.items()) + "\n")
+        return {split: [(f"{place}{label}/{file}", label) for label, videos in uses.items() for file, use in videos.items() if use[0] == number]
+                for split, number in (("train", 1), ("val", 2))}
+    text("Diving48_vocab.json", [["Back", "15som", "05Twis", "FREE"], ["Reverse", "Dive", "NoTwis", "PIKE"], ["Back", "Dive", "NoTwis", "TUCK"]])
+    dive = lambda file, label: {"vid_name": file, "label": label, "start_frame": 0, "end_frame": 19}
+    text("Diving48_V2_train.json", [dive("-mmq0PT-u8k_00155", 2), dive("_8Vy3_00000", 0), dive("q_00001", 2)])
+    text("Diving48_V2_test.json", [dive("z_00003", 0)])
+    return dict(train=[(video("rgb/-mmq0PT-u8k_00155.mp4"), "Back Dive NoTwis TUCK"), (video("rgb/_8Vy3_00000.mp4"), "Back 15som 05Twis FREE"),
+                       (video("rgb/q_00001.mp4"), "Back Dive NoTwis TUCK")], val=[(video("rgb/z_00003.mp4"), "Back 15som 05Twis FREE")])
+
+BENCHMARKS = ["k400", "k400 flat", "ssv2", "ssv2 newer", "hmdb51", "hmdb51 as unpacked", "diving48"]
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_is_read_trained_and_evaluated_as_it_is_downloaded(name, tmp_path, capsys):
+    root, out, source = tmp_path / "my data", str(tmp_path / "out"), name.split()[0]
+    want = benchmark(name, root)
+    videos = data.find_videos(source, str(root))
+    for split in data.SPLITS:
+        got = [(os.path.relpath(path, root), videos.classes[label]) for path, label in getattr(videos, split)]
+        assert sorted(got) == sorted(want[split])
+        assert all(os.path.isfile(path) for path, _ in getattr(videos, split))
+    assert videos.missing == [] and len(videos.classes) == (3 if source == "diving48" else 2)
+    # The recipe's own sampling, augmentation and views, on the tiny backbone.
+    train.main(["--data", source, "--root", str(root), "--out", out, "--backbone", "tiny", "--spatial-frames", "4", "--bottleneck", "8",
+                "--batch", "2", "--workers", "0", "--epochs", "1"])
+    assert lines(out)[0]["failed"] == 0 and math.isfinite(lines(out)[0]["train_loss"])
+    path = os.path.join(out, "last.pt")
+    run = torch.load(path, weights_only=True)["run"]
+    assert run["val_videos"] == len(want["val"]) and run["val_fingerprint"] == evaluate.fingerprint(videos.val) and len(run["val_fingerprint"]) == 64
+    capsys.readouterr()
+    evaluate.main([path, "--workers", "0"])
+    assert f"({len(want['val'])} videos, {'%d clips x %d crops' % train.RECIPES[source]['views']})" in (out := capsys.readouterr().out)
+    assert "note:" not in out
+    result = json.load(open(path.replace("last.pt", f"last.{source}.json")))
+    assert result["failed"] == 0 and result["missing"] == 0 and result["fingerprint"] == run["val_fingerprint"]
+
+def test_classes_are_in_the_benchmarks_own_order(tmp_path):
+    for name in ("ssv2", "hmdb51", "diving48", "k400"):
+        benchmark(name, tmp_path / name)
+    classes = {name: data.find_videos(name, str(tmp_path / name)).classes for name in ("ssv2", "hmdb51", "diving48", "k400")}
+    assert classes["ssv2"] == ["Putting something, into something", CLIMB] and classes["hmdb51"] == ["draw_sword", "sword"]
+    assert classes["diving48"][1] == "Reverse Dive NoTwis PIKE" and classes["k400"] == ["petting animal (not cat)", "zumba"]
+
+def test_hmdb51_has_three_splits(tmp_path, capsys):
+    benchmark("hmdb51", tmp_path)
+    read = lambda split: [[os.path.basename(path) for path, _ in samples] for samples in data.find_videos("hmdb51", str(tmp_path), split)[:2]]
+    assert read(1) == read(None) == [["a#1_(x);y!_@z.avi", "%d.AVI"], ["b[0]&.avi", "a#1_(x);y!_@z.avi"]]
+    assert read(2) == [["b[0]&.avi", "a#1_(x);y!_@z.avi", "c.avi"], ["a#1_(x);y!_@z.avi", "%d.AVI"]]
+    with pytest.raises(data.DataError, match="HMDB51's three; k400 has one"):
+        data.find_videos("k400", str(tmp_path), 2)
+    assert train.parse(["--data", "hmdb51"]).out == os.path.join("runs", "hmdb51-split1-dualpath-s0")
+    out = str(tmp_path / "out")
+    train.main(["--data", "hmdb51", "--split", "3", "--root", str(tmp_path), "--out", out, "--backbone", "tiny", "--spatial-frames", "4",
+                "--bottleneck", "8", "--batch", "2", "--workers", "0", "--epochs", "1"])
+    for options, note in (([], False), (["--split", "1"], True)):  # a split's training videos are another's validation videos
+        capsys.readouterr()
+        evaluate.main([os.path.join(out, "last.pt"), "--workers", "0", *options])
+        assert ("note: these 2 validation videos are not the 2 that" in capsys.readouterr().out) == note
+
+def test_kinetics_may_lack_videos_and_says_how_many(tmp_path, capsys):
+    benchmark("k400", tmp_path)
+    for split, number in (("train", 9), ("val", 4)):
+        with open(tmp_path / f"{split}.csv", "a") as file:
+            for i in range(number):
+                file.write(f"zumba,more{i},0,10,{split}\n")
+                shutil.copy(tmp_path / "val/zumba/f_000007_000017.mp4", tmp_path / f"{split}/more{i}_000000_000010.mp4")
+    before = data.find_videos("k400", str(tmp_path))
+    os.remove(tmp_path / "train/more8_000000_000010.mp4")
+    os.remove(tmp_path / "val/more3_000000_000010.mp4")
+    videos = data.find_videos("k400", str(tmp_path))
+    assert videos.missing == [(split, f"{tmp_path}/{split}/more{i}_000000_000010") for split, i in (("train", 8), ("val", 3))]
+    assert len(videos.train) == 11 and len(videos.val) == 5 and evaluate.fingerprint(videos.val) != evaluate.fingerprint(before.val)
+    out = str(tmp_path / "out")
+    train.main(["--data", "k400", "--root", str(tmp_path), "--out", out, "--backbone", "tiny", "--frames", "16", "--spatial-frames", "4",
+                "--bottleneck", "8", "--batch", "8", "--workers", "0", "--epochs", "1"])
+    assert "11 training and 5 validation videos, 2 classes; 2 listed ones are not there" in capsys.readouterr().out
+    evaluate.main([os.path.join(out, "last.pt"), "--workers", "0"])
+    assert "(5 videos, 3 clips x 1 crops); 1 listed videos are not there" in capsys.readouterr().out
+    os.remove(tmp_path / "val/more2_000000_000010.mp4")
+    with pytest.raises(data.DataError, match="2 of 6 val videos are not there; the first: .*more2"):
+        data.find_videos("k400", str(tmp_path))
+
+@pytest.mark.parametrize("name, file, content, words", [
+    ("k400", "train.csv", None, "train.csv is not there, nor is .*annotations/train.csv"), ("k400", "val.csv", "a.mp4,0\nb.mp4,1\n", "val.csv.*KeyError"),
+    ("k400", "val.csv", "label,youtube_id,time_start,time_end,split\nzumba,e,zero,10,val\n", "val.csv.*zero"),
+    ("k400", "val.csv", "label,youtube_id,time_start,time_end,split\njuggling,e,0,10,val\n", "val video e_000000_000010 the class 'juggling'"),
+    ("k400", "train.csv", "label,youtube_id,time_start,time_end,split\n", "no training video"),
+    ("k400", "val.csv", "label,youtube_id,time_start,time_end,split\n", "0 validation videos"),
+    ("ssv2", "something-something-v2-labels.json", None, "labels.json is not there, nor is .*labels/labels.json"),
+    ("ssv2", "something-something-v2-train.json", "[{]", "train.json.*JSONDecodeError"),
+    ("ssv2", "something-something-v2-validation.json", '[{"id": "11"}]', "validation.json.*KeyError: 'template'"),
+    ("ssv2", "something-something-v2-validation.json", '[{"id": 9, "template": "Eating [something]"}]', "val video 9 the class 'Eating something'"),
+    ("ssv2", "something-something-v2-train.json", '[{"id": "7", "template": "Moving [something] up"}]', "no training video of the class 'Putting"),
+    ("ssv2", "20bn-something-something-v2/9.webm", None, "1 of 2 val videos are not there; the first: .*20bn-something-something-v2/9"),
+    ("hmdb51", "sword_test_split1.txt", "a.avi one", "sword_test_split1.txt.*one"), ("hmdb51", "draw_sword_test_split1.txt", "", "class 'draw_sword'"),
+    ("hmdb51", "sword/%d.AVI", None, "1 of 2 train videos are not there; the first: .*sword/%d"),
+    ("diving48", "Diving48_vocab.json", None, "Diving48_vocab.json is not there"), ("diving48", "Diving48_vocab.json", "5", "vocab.json.*TypeError"),
+    ("diving48", "Diving48_V2_test.json", '[{"vid_name": "z_00003", "label": 3}]', "val video z_00003 the class 3, which is none of its 3"),
+    ("diving48", "Diving48_V2_test.json", '[{"vid_name": "z_00003", "label": -1}]', "class -1"),
+    ("diving48", "Diving48_V2_train.json", '{"vid_name": "z_00003"}', "V2_train.json.*TypeError")])
+def test_annotations_and_their_mistakes(name, file, content, words, tmp_path):
+    benchmark(name, tmp_path)
+    os.remove(tmp_path / file) if content is None else (tmp_path / file).write_text(content)
+    with pytest.raises(data.DataError, match=words) as error:
+        data.find_videos(name, str(tmp_path))
+    assert str(tmp_path) in str(error.value)
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(data.DataError, match="is not there|has no file CLASS_test_split1.txt"):
+        data.find_videos(name, str(tmp_path))
+
 def test_a_training_clip_depends_on_seed_epoch_and_index_alone(micro):
     videos = data.find_videos("folder", micro).train
-    make = lambda seed=0: data.Clips(videos, 8, 48, "uniform", seed=seed, train=True)
+    make = lambda seed=0: data.Clips(videos, 8, 48, "uniform", seed=seed)
     torch.manual_seed(1)
     state = torch.get_rng_state()
     one = make()[3, 5][0]
@@ -833,7 +1064,7 @@ def test_a_training_clip_depends_on_seed_epoch_and_index_alone(micro):
     clips[0, 1]
     assert torch.equal(clips[3, 5][0], one) and one.shape == (8, 3, 48, 48) and one.dtype == torch.uint8
     assert not torch.equal(clips[4, 5][0], one) and not torch.equal(make(seed=1)[3, 5][0], one)
-    loader = torch.utils.data.DataLoader(clips, batch_sampler=[[(3, 4), (3, 5)]], num_workers=1, collate_fn=data.collate)
+    loader = torch.utils.data.DataLoader(clips, batch_sampler=[[(3, 4), (3, 5)]], num_workers=1, collate_fn=train.collate)
     batch, labels, failures = next(iter(loader))
     assert torch.equal(batch[1], one) and labels.tolist() == [videos[4][1], videos[5][1]] and failures == []
 
@@ -849,6 +1080,71 @@ def test_translation_moves_whole_pixels_and_all_frames_alike():
         assert torch.equal(out[0, 0, 8:56, 8:56], clip[0, 0, dy - 24:dy + 24, dx - 24:dx + 24])
     assert len(shifts) > 20 and max(abs(s) for shift in shifts for s in shift) == 4
 
+def pil_operations(s, d):
+    """RandAugment's operations as timm's "increasing" set defines them, by Pillow, in the order of data.OPERATIONS."""
+    from PIL import Image, ImageEnhance, ImageOps
+    factor, size = max(0.1, 1 + 0.9 * s * d), 48
+    enhance = lambda kind: lambda image: kind(image).enhance(factor)
+    matrix = lambda *m: lambda image: image.transform(image.size, Image.AFFINE, m, Image.BILINEAR, fillcolor=(128,) * 3)
+    return [ImageOps.autocontrast, ImageOps.equalize, ImageOps.invert, lambda image: ImageOps.posterize(image, 4 - int(4 * s)),
+            lambda image: ImageOps.solarize(image, 256 - int(256 * s)),
+            lambda image: image.point([v + int(110 * s) if v < 128 else v for v in range(256)] * 3),
+            enhance(ImageEnhance.Brightness), enhance(ImageEnhance.Contrast), enhance(ImageEnhance.Color), enhance(ImageEnhance.Sharpness),
+            lambda image: image.rotate(-30 * s * d, Image.BILINEAR, fillcolor=(128,) * 3),
+            matrix(1, 0.3 * s * d, 0, 0, 1, 0), matrix(1, 0, 0, 0.3 * s * d, 1, 0),
+            matrix(1, 0, -round(0.45 * s * d * size), 0, 1, 0), matrix(1, 0, 0, 0, 1, -round(0.45 * s * d * size))]
+
+@pytest.mark.parametrize("number", range(15))
+def test_randaugments_operations_are_pillows(number):
+    from PIL import Image
+    y, x = np.mgrid[:48, :48] / 48
+    pictures = np.stack([np.stack([60 + 90 * y + 60 * np.sin(9 * x + t), 30 + 200 * x * y, 200 - 150 * x + 9 * t], -1) for t in range(3)]).astype(np.uint8)
+    clip = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    assert len(data.OPERATIONS) == 15
+    for s, d in ((0.7, 1), (0.7, -1), (0.62, 1)):
+        got = data.OPERATIONS[number](clip, s, d)
+        assert got.dtype == torch.uint8 and got.shape == clip.shape
+        for frame, picture in zip(got, pictures):
+            want = np.asarray(pil_operations(s, d)[number](Image.fromarray(picture))).astype(int)
+            off = abs(frame.permute(1, 2, 0).numpy() - want)
+            assert off.mean() < 1.5 and np.median(off) <= 1, (s, d, off.mean())  # rims and roundings differ a little
+
+def test_randaugment_draws_four_with_probability_one_half_and_noisy_strength(monkeypatch):
+    calls = []
+    monkeypatch.setattr(data, "OPERATIONS", [lambda x, s, d, n=n: calls.append((n, s, d)) or x for n in range(15)])
+    clip = random_video(1, 2, 8)[0]
+    numbers = []
+    for _ in range(1000):
+        before = len(calls)
+        data.rand_augment(clip)
+        numbers.append(len(calls) - before)
+    assert max(numbers) == 4 and abs(np.mean(numbers) - 2) < 0.15
+    operations, strengths, directions = map(np.array, zip(*calls))
+    assert abs(strengths.mean() - 0.7) < 0.005 and abs(strengths.std() - 0.05) < 0.005 and set(directions) == {-1, 1}
+    assert abs(directions.mean()) < 0.1 and (np.bincount(operations, minlength=15) > 80).all()
+
+def test_augmentation_treats_all_frames_alike_and_stays_uint8():
+    picture = random_video(1, 1, 80)[0].expand(4, -1, -1, -1)
+    transform, outs = data.training_transform("rand", 48, flip=True, erasing=0.5), []
+    for _ in range(60):
+        out = transform(picture)
+        assert out.shape == (4, 3, 48, 48) and out.dtype == torch.uint8 and all(torch.equal(out[0], frame) for frame in out)
+        outs.append(out)
+    assert not any(torch.equal(a, b) for a, b in zip(outs, outs[1:]))
+
+def test_erasing_greys_one_box_of_some_clips():
+    bright, erased = torch.full((3, 3, 64, 64), 255, dtype=torch.uint8), 0
+    transform = data.training_transform("crop", 64, flip=False, erasing=0.5)
+    for _ in range(100):
+        grey = (transform(bright) == 128)
+        assert torch.equal(grey[0], grey[2])
+        if grey.any():
+            erased += 1
+            rows, columns = grey[0, 0].any(1).sum(), grey[0, 0].any(0).sum()
+            assert grey[0, 0].sum() == rows * columns and 0.01 * 64**2 < rows * columns < 0.36 * 64**2
+    assert 30 <= erased <= 70
+    assert not any((data.training_transform("crop", 64, flip=False)(bright) == 128).any() for _ in range(20))
+
 def test_crops_are_alike_in_all_frames_and_flip_can_be_switched_off():
     picture = torch.arange(64.0).expand(64, 64).to(torch.uint8).expand(3, 3, -1, -1).contiguous()  # brighter to the right
     for flip in (True, False):
@@ -861,44 +1157,61 @@ def test_crops_are_alike_in_all_frames_and_flip_can_be_switched_off():
 
 def test_views_are_start_centre_and_end(micro):
     clip = torch.arange(128).view(1, 1, 1, 128).expand(2, 3, 64, 128).to(torch.uint8)
-    left, centre, right = data.test_crops(clip, 64, 3)
+    left, centre, right = evaluate.test_crops(clip, 64, 3)
     assert left[0, 0, 0, [0, -1]].tolist() == [0, 63] and centre[0, 0, 0, 0] == 32 and right[0, 0, 0, [0, -1]].tolist() == [64, 127]
     tall = clip.transpose(2, 3)
-    assert data.test_crops(tall, 64, 1)[0][0, 0, [0, -1], 0].tolist() == [32, 95]
-    views, label, index, error = data.Clips(data.find_videos("folder", micro).val, 4, 32, stride=2, views=(2, 3))[1]
+    assert evaluate.test_crops(tall, 64, 1)[0][0, 0, [0, -1], 0].tolist() == [32, 95]
+    views, label, index, error = evaluate.Views(data.find_videos("folder", micro).val, 4, 32, stride=2, views=(2, 3))[1]
     assert views.shape == (6, 4, 3, 32, 32) and (label, index, error) == (1, 1, None)
 
 def test_an_unreadable_video_is_replaced_in_training_and_reported_in_testing(micro, tmp_path):
     bad = str(tmp_path / "bad.mp4")
     open(bad, "w").close()
     samples = [(bad, 0)] + data.find_videos("folder", micro).train
-    clip, label, failures = data.Clips(samples, 4, 32, train=True)[0, 0]
+    clip, label, failures = data.Clips(samples, 4, 32)[0, 0]
     assert clip.shape == (4, 3, 32, 32) and len(failures) == 1 and bad in failures[0]
-    views, label, index, error = data.Clips(samples, 4, 32)[0]
+    views, label, index, error = evaluate.Views(samples, 4, 32)[0]
     assert views is None and bad in error
-    items = [data.Clips([(bad, 0)], 4, 32, train=True)[0, 0], (clip, label, [])]
+    items = [data.Clips([(bad, 0)], 4, 32)[0, 0], (clip, label, [])]
     assert items[0][0] is None and len(items[0][2]) == 10
-    assert data.collate(items)[0] is None and len(data.collate(items)[2]) == 10
-    clip, _, failures = data.Clips(samples[1:], 4, 48, augment="translate", train=True)[0, 0]
+    assert train.collate(items)[0] is None and len(train.collate(items)[2]) == 10
+    clip, _, failures = data.Clips(samples[1:], 4, 48, augment="translate")[0, 0]
     assert clip is None and "64x64" in failures[0] and "48x48" in failures[0]
 
 def test_global_batches_do_not_depend_on_the_number_of_processes():
-    whole = data.BatchOrder(22, 8, seed=3)
+    whole = train.BatchOrder(22, 8, seed=3)
     whole.epoch = 2
     batches = list(whole)
     assert len(batches) == len(whole) == 2 and len({i for batch in batches for _, i in batch}) == 16
-    parts = [data.BatchOrder(22, 8, 3, rank, 4) for rank in range(4)]
+    parts = [train.BatchOrder(22, 8, 3, rank, 4) for rank in range(4)]
     for part in parts:
         part.epoch = 2
     assert [sum(step, []) for step in zip(*parts)] == batches
     whole.epoch = 3
     assert list(whole) != batches
 
-def test_data_as_a_script(micro, capsys):
-    data.main(["--data", "folder", "--root", micro, "--size", "32", "--limit", "4"])
-    assert "16 training and 8 validation videos, 8 classes" in (out := capsys.readouterr().out) and "clips/s per worker" in out
-    with pytest.raises(SystemExit, match="/no/where is not there"):
-        data.main(["--data", "folder", "--root", "/no/where"])
+def test_data_as_a_script(micro, tmp_path, monkeypatch, capsys):
+    shutil.copytree(micro, tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    data.main(["--data", "folder", "--root", "set"])
+    out = capsys.readouterr().out
+    assert "16 training and 8 validation videos, 8 classes" in out and "samples/s per worker" in out
+    assert "24 videos read; problems: 24 x short" in out and open("problems-folder.csv").read().count("16 frames") == 24
+    shutil.rmtree("set/val/up_vertical")
+    bad, gone = [os.path.join("set/train/up_vertical", f) for f in os.listdir("set/train/up_vertical")]
+    open(bad, "w").close()
+    data.main(["--data", "folder", "--root", "set", "--frames", "16", "--augment", "crop"])
+    assert "23 videos read; problems: 1 x no val video, 1 x unreadable; wrote problems-folder.csv" in capsys.readouterr().out
+    rows = list(csv.reader(open("problems-folder.csv")))
+    assert rows[1] == ["no val video", "up_vertical", ""] and rows[2][:2] == ["unreadable", bad] and bad in rows[2][2] and len(rows) == 3
+    (tmp_path / "lists").mkdir()
+    for split in data.SPLITS:
+        (tmp_path / f"lists/{split}.txt").write_text(f"../{gone} 0\nnone.mp4 1\n")
+    data.main(["--data", "list", "--root", "lists", "--frames", "16", "--limit", "5"])
+    assert "1 videos read; problems: 2 x missing;" in capsys.readouterr().out
+    for options, words in ((["--root", "/no/where"], "/no/where is not there"), (["--data", "k400", "--root", "set"], "train.csv is not there, nor")):
+        with pytest.raises(SystemExit, match=words):
+            data.main(["--data", "folder", *options])
 
 # ---------------------------------------------------------------- train.py and evaluate.py
 
@@ -907,6 +1220,30 @@ SMALL = ["--data", "folder", "--backbone", "tiny", "--frames", "16", "--spatial-
 
 def lines(out):
     return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+
+def test_recipes_are_complete_and_the_authors():
+    for name in data.SOURCES:
+        args = train.parse(["--data", name])
+        assert set(train.RECIPES[name]) <= set(vars(args)) and args.root == os.path.join("data", name)
+        if name in ("k400", "ssv2", "hmdb51", "diving48"):
+            assert args.batch % 8 == 0 and args.frames % 16 == 0 and args.frames % args.spatial_frames == 0
+            assert (args.augment, args.weight_decay, args.warmup, args.flip) == ("rand", 0.05, 3, name != "ssv2")
+    got = {name: [vars(train.parse(["--data", name]))[k] for k in ("lr", "epochs", "erasing", "views", "sampling", "frames", "pre_attention_adapter")]
+           for name in ("ssv2", "hmdb51", "diving48", "k400")}
+    assert got == dict(ssv2=[5e-4, 60, 0.1, (1, 3), "uniform", 48, True], hmdb51=[3e-2, 50, 0.5, (3, 1), "dense", 16, False],
+                       diving48=[7e-4, 50, 0.1, (3, 1), "uniform", 16, False], k400=[1.2e-3, 30, 0, (3, 1), "dense", 32, False])
+    assert train.parse(["--data", "hmdb51"]).stride == (1, 2, 4, 8)
+    args = train.parse(["--data", "ssv2", "--sampling", "dense", "--stride", "1", "2", "--flip", "--erasing", "0"])
+    assert (args.sampling, args.stride, args.flip, args.erasing, args.epochs) == ("dense", (1, 2), True, 0, 60)
+
+def test_of_several_strides_one_is_drawn(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "read_frames", lambda path, plan: seen.append(np.diff(plan(500)).tolist()) or np.zeros((8, 64, 64, 3), np.uint8))
+    clips = data.Clips([("a", 0)] * 200, 8, 64, "dense", (1, 2, 4, 8), "crop")
+    for i in range(200):
+        clips[0, i]
+    assert all(steps == [steps[0]] * 7 for steps in seen)
+    assert set(steps[0] for steps in seen) == {1, 2, 4, 8} and min(np.bincount([steps[0] for steps in seen])[[1, 2, 4, 8]]) > 25
 
 def test_train_then_evaluate(micro, tmp_path, capsys):
     out = str(tmp_path / "run")
@@ -937,7 +1274,7 @@ def test_train_then_evaluate(micro, tmp_path, capsys):
 def test_scores_are_averaged_over_views(micro):
     model = randomise(models.build_model(**TINY)).eval()
     videos = data.find_videos("folder", micro)
-    clips = data.Clips(videos.val, 16, 64, stride=1, views=(2, 3))
+    clips = evaluate.Views(videos.val, 16, 64, views=(2, 3))
     rows = evaluate.predict(model, clips, torch.device("cpu"), batch=3)
     assert [row[0] for row in rows] == list(range(8))
     with torch.no_grad():
@@ -1097,7 +1434,7 @@ def two_processes(rank, folder, root):
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     mine = slice(rank * 2, rank * 2 + 2)
     F.cross_entropy(parallel(video[mine]), label[mine]).backward()
-    clips = data.Clips(data.find_videos("folder", root).val[:7], 16, 64)  # 7 videos: uneven shares
+    clips = evaluate.Views(data.find_videos("folder", root).val[:7], 16, 64)  # 7 videos: uneven shares
     rows = evaluate.predict(model, clips, torch.device("cpu"), batch=2)
     torch.save(([p.grad for p in model.parameters()], rows), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -1135,7 +1472,7 @@ def test_two_processes_give_the_gradients_and_the_evaluation_of_one(micro, tmp_p
     torch.save((video, label), tmp_path / "batch.pt")
     torch.multiprocessing.spawn(two_processes, (str(tmp_path), micro), nprocs=2)
     F.cross_entropy(model(video), label).backward()
-    clips = data.Clips(data.find_videos("folder", micro).val[:7], 16, 64)
+    clips = evaluate.Views(data.find_videos("folder", micro).val[:7], 16, 64)
     rows = evaluate.predict(model, clips, torch.device("cpu"))
     for rank in range(2):
         gradients, other = torch.load(tmp_path / f"{rank}.pt")
