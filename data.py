@@ -1,6 +1,6 @@
 """Video files to labelled clips of uint8 frames.
 
-    python data.py --data k400 --root DIR        # reads every video of a data set once, then times a loader's worker
+    python data.py --data k400 --frames 32 --sampling dense      # makes a sample of every video: problems and speed
 
 Pixels stay uint8 from the decoder to the device: a quarter of the bytes of floats on the way.
 """
@@ -35,16 +35,15 @@ class VideoError(Exception):
     """One video cannot be read; the message names it."""
 
 # ---------------------------------------------------------------- reading frames
-MAX_PACKETS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS = 200_000, 1 << 30, 1 << 25, 60  # a clip is far below all of them
+MAX_PACKETS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS = 200_000, 1 << 30, 1 << 25, 120  # a clip is far below all of them
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,live_flv,asf,ogg,mpegvideo,h264,hevc,gif,ivf,nut,dv,mxf,rm"
 COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)  # AVColorSpace: RGB, BT.709, not said, FCC, BT.601 (5, 6), SMPTE 240M, BT.2020
 
 def read_frames(path, indices):
     """Frames of a video file, by number in presentation order → (len(indices), H, W, 3) uint8 RGB, upright.
 
-    indices: numbers in any order, repeats allowed; or a function of the number of frames that returns them.
-    The same pixels as decoding the whole file in order and picking, but only what the wanted frames need is
-    decoded. Raises VideoError, and nothing else, whatever the file holds.
+    indices: numbers in any order, repeats allowed; or a function of the number of frames that returns them. The same pixels as
+    decoding the whole file and picking, but only what they need is decoded. Whatever the file holds: frames or VideoError.
     """
     if not os.path.isfile(path):
         raise VideoError(f"cannot read {path}: there is no such file")
@@ -63,7 +62,7 @@ def read_frames(path, indices):
             if frames is None:  # timestamps are missing, or a frame did not come out as they promised
                 frames = convert(enumerate(decode_all(stream, packets)), numbers)
             if frames is None:
-                raise VideoError(f"{path} breaks off before the last of the {count} frames that it announces")
+                raise VideoError(f"{path} breaks off: of its {count} frames not all that are wanted can be decoded")
             return frames
     except (av.FFmpegError, OSError, ValueError, LookupError, MemoryError) as error:
         raise VideoError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
@@ -89,17 +88,14 @@ def video_packets(container, path):
             size += packet.size
         if len(packets) > MAX_PACKETS or size > MAX_BYTES:
             raise VideoError(f"{path} has more than {MAX_PACKETS:,} packets or {MAX_BYTES >> 20} MiB: cut it into clips first")
-    if not packets:
-        raise VideoError(f"{path} has no video frames")
     return stream, packets
 
 def presentation_times(stream, packets):
     """The timestamp of frame 0, 1, 2, …, or None if the packets do not tell. A rate times a number would be wrong for
     29.97 frames a second in Matroska's milliseconds, and for variable rates."""
     times = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
-    complete = all(p.pts is not None for p in packets) and len(set(times)) == len(times)
     one_each = stream.codec_context.name not in ("vp8", "libvpx")  # VP8 has packets that show nothing
-    return times if complete and one_each else None
+    return times if one_each and all(p.pts is not None for p in packets) and len(set(times)) == len(times) else None
 
 def needed_packets(packets, targets):
     """Flags of the packets that decoding the frames at `targets` takes: from the key frame before each to itself."""
@@ -113,12 +109,19 @@ def needed_packets(packets, targets):
             need[keys[k] if k >= 0 else 0:place + 1] = True
     return need
 
+def in_time(packets):
+    end = time.monotonic() + MAX_SECONDS
+    for packet in packets:
+        if time.monotonic() > end:
+            raise ValueError(f"decoding it takes more than {MAX_SECONDS} seconds: cut it into clips first")
+        yield packet
+
 def decode_some(stream, packets, targets):
     """Decoded frames, the ones at `targets` among them, with as little decoding as they take. Ends early where a
     packet that is marked as a key frame turns out to be none, as in files that have lost their index."""
     codec, running, entries = stream.codec_context, False, set()
     steps = [*zip(packets, needed_packets(packets, targets)), (None, False)]
-    for place, (packet, needed) in enumerate(steps):
+    for place, (packet, needed) in enumerate(in_time(steps)):
         frames = []
         if needed:
             if not running and place:
@@ -138,7 +141,7 @@ def decode_all(stream, packets):
     """All frames, in order."""
     stream.codec_context.flush_buffers()
     stream.codec_context.skip_frame = "DEFAULT"
-    for packet in packets:
+    for packet in in_time(packets):
         yield from stream.codec_context.decode(packet)
     yield from stream.codec_context.decode(None)
 
@@ -156,10 +159,10 @@ def convert(keyed_frames, wanted):
         plane = rgb.planes[0]
         image = np.frombuffer(plane, np.uint8).reshape(rgb.height, plane.line_size)[:, :3 * rgb.width]
         image = upright(image.reshape(rgb.height, rgb.width, 3), frame)
-        if images is None:
+        if images is None and len(wanted) * image.nbytes <= 4 * MAX_BYTES:
             images = np.empty((len(wanted), *image.shape), np.uint8)
-        if image.shape != images.shape[1:]:
-            raise ValueError("the size of its frames changes midway")
+        if images is None or image.shape != images.shape[1:]:
+            raise ValueError("its frames are too large" if images is None else "the size of its frames changes midway")
         images[rows.pop(key)] = image
         if not rows:
             return images
@@ -167,21 +170,19 @@ def convert(keyed_frames, wanted):
 
 def upright(image, frame):
     """Apply the display matrix: a transposition and flips (`frame.rotation` would drop the flips)."""
-    for side in frame.side_data:
-        if side.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = np.frombuffer(side, np.int32)[:5]  # column x, row y go to (a·x + c·y, b·x + d·y)
-            if abs(int(b)) > abs(int(a)):
-                image, a, d = image.transpose(1, 0, 2), c, b
-            image = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+    for side in [side for side in frame.side_data if side.type.name == "DISPLAYMATRIX"]:
+        a, b, _, c, d = np.frombuffer(side, np.int32)[:5]  # column x, row y go to (a·x + c·y, b·x + d·y)
+        if abs(int(b)) > abs(int(a)):
+            image, a, d = image.transpose(1, 0, 2), c, b
+        image = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
     return image
 
 # ---------------------------------------------------------------- which frames make a clip
 def clip_frames(available, num_frames, sampling, stride, position):
     """The frame numbers of one clip out of `available` frames → (num_frames,) int64.
 
-    dense: num_frames at a stride; position in [0, 1] moves the clip from the video's start to its end.
-    uniform: one frame from each of num_frames equal segments; position, a number or one per segment, is
-    the place within the segment. A video that is too short repeats its last frame.
+    dense: num_frames at a stride; position in [0, 1] moves the clip from the video's start to its end. uniform: one frame from
+    each of num_frames equal segments; position is the place in it, a number or one per segment. The last frame may repeat.
     """
     t = np.arange(num_frames)
     if sampling == "dense":
@@ -202,7 +203,7 @@ def warp(clip, angle=0.0, shear=(0.0, 0.0), shift=(0.0, 0.0)):
                     center=[0, 0] if any(shear) else None).view_as(clip)
 
 # RandAugment's operations on the clip x with strength s in [0, 1] and direction d = ±1. The set and its ranges are those of
-# timm's "increasing" RandAugment, which the authors took; away(s, d) is a factor above or below 1.
+# timm's "increasing" RandAugment; away(s, d) is a factor above or below 1.
 away = lambda s, d: max(0.1, 1 + 0.9 * s * d)
 OPERATIONS = [
     lambda x, s, d: F.autocontrast(x),
@@ -223,7 +224,7 @@ OPERATIONS = [
 ]
 
 def rand_augment(clip):
-    """Four operations, each with probability 1/2 and strength 7 ± 0.5 of 10: v2.RandAugment has neither of the two."""
+    """timm's rand-m7-n4-mstd0.5-inc1: 4 operations of probability 1/2 and strength 7 ± 0.5 of 10 (v2.RandAugment has neither)."""
     clip = clip.contiguous()
     for number, happens, direction in zip(torch.randint(len(OPERATIONS), (4,)), torch.randint(2, (4,)), torch.randint(2, (4,))):
         strength = (7 + 0.5 * torch.randn(())).clamp(0, 10).item() / 10
@@ -246,7 +247,8 @@ Videos = namedtuple("Videos", "train val classes missing")
 
 def folder_data(root):
     """ROOT/train/CLASS/*.mp4 and ROOT/val/CLASS/*.mp4; the classes are train's folders, sorted."""
-    inside = {split: sorted(e.name for e in os.scandir(existing(root, split)) if e.is_dir()) for split in SPLITS}
+    inside = {split: sorted(entry.name for entry in os.scandir(existing(root, split)) if entry.is_dir() and entry.name[0] != ".")
+              for split in SPLITS}
     return assemble(root, inside["train"], {split: [(path, name) for name in inside[split]
                                                     for path in video_files(f"{root}/{split}/{name}")] for split in SPLITS})
 
@@ -256,13 +258,14 @@ def list_data(root):
     rows = {split: [] for split in SPLITS}
     for split in SPLITS:
         file = existing(root, f"{split}.txt")
-        for number, line in enumerate(open(file, errors="surrogateescape"), 1):  # a path may hold any bytes
-            match = re.fullmatch(r'("?)(.+?)\1\s*[\s,]\s*(\d+)', line.strip())
+        for number, line in enumerate(open(file, encoding="utf-8-sig", errors="surrogateescape"), 1):  # a path may be any bytes
+            match = re.fullmatch(r'("?)(.+?)\1(?:\s*,\s*|\s+)(\d{1,9})', line.strip())
             if line.strip() and not match:
                 raise DataError(f"{file}, line {number}: {line.strip()!r} is not `path label` or `path,label`, label a number")
             rows[split] += [(os.path.join(root, match[2]), int(match[3]))] if match else []
     names, number = f"{root}/classes.txt", len({label for _, label in rows["train"]})
-    videos = assemble(root, open(names).read().splitlines() if os.path.isfile(names) else list(map(str, range(number))), rows)
+    classes = annotations(root, lambda file: file.read().strip().splitlines(), "classes.txt") if os.path.exists(names) else None
+    videos = assemble(root, classes or [str(label) for label in range(number)], rows)
     videos.missing.extend((split, path) for split in SPLITS for path, _ in getattr(videos, split) if not os.path.isfile(path))
     return videos
 
@@ -287,7 +290,7 @@ def hmdb51_data(root, split=1):
     testTrainMulti_7030_splits; CLASS/*.avi in ROOT, hmdb51_org or videos."""
     ending, folder = f"_test_split{split}.txt", f"{root}/testTrainMulti_7030_splits"
     folder = folder if os.path.isdir(folder) else root
-    classes = sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending))
+    classes = sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending) and name[0] != ".")
     if not classes:
         raise DataError(f"{folder} has no file CLASS{ending}; --data hmdb51 needs one for each class")
     place = next((p for p in ("hmdb51_org/", "videos/") if os.path.isdir(f"{root}/{p}{classes[0]}")), "")
@@ -307,42 +310,43 @@ def annotations(root, parse, *names):
     """parse(the first of these files that is there)."""
     path = existing(root, *names)
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             return parse(file)
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise DataError(f"{path} is not as this data set's annotations are ({type(error).__name__}: {error})")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        raise DataError(f"{path} is not as README.md's table of the benchmarks has it ({type(error).__name__}: {error})")
 
 def existing(root, *names):
     """The path of the first of these that is in ROOT."""
-    for name in names:
-        if os.path.exists(f"{root}/{name}"):
-            return f"{root}/{name}"
-    raise DataError(f"{root}/{names[0]} is not there" + "".join(f", nor is {root}/{name}" for name in names[1:]))
+    paths = [f"{root}/{name}" for name in names]
+    if not any(map(os.path.exists, paths)):
+        raise DataError(" is not there, nor is ".join(paths) + " is not there" * (len(paths) == 1))
+    return next(filter(os.path.exists, paths))
 
 def video_files(folder):
-    """The paths of the video files in a folder and in its folders, sorted."""
-    return sorted(os.path.join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names
-                  if name.lower().endswith(VIDEO_SUFFIXES))
+    """The sorted paths of the video files in a folder and in its folders. Dead links and names with a dot do not count."""
+    entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."] if os.path.isdir(folder) else []
+    files = [entry.path for entry in entries if entry.name.lower().endswith(VIDEO_SUFFIXES) and entry.is_file()]
+    return sorted(files + [path for entry in entries if entry.is_dir() for path in video_files(entry.path)])
 
 def assemble(root, classes, rows):
     """Rows of each split, (path, class) or (folder, name of the video without suffix, class) → Videos. A class is given by
     its name or number."""
-    if not rows["train"]:
-        raise DataError(f"{root} has no training video")
+    if not classes:
+        raise DataError(f"{root} has no training videos, so no classes")
     numbers, listed, found, missing = {name: i for i, name in enumerate(classes)}, {}, {}, []
     for split in SPLITS:
         found[split], seen = [], Counter()
         for *folder, video, label in rows[split]:
-            label = numbers.get(label, label)
-            if label not in range(len(classes)):
+            if (label := numbers.get(label, label)) not in range(len(classes)):
                 raise DataError(f"{root} gives the {split} video {video} the class {label!r}, which is none of its {len(classes)}")
             for f in set(folder) - set(listed):  # to ask a network disk for each of 240,000 names would take minutes
                 listed[f] = {os.path.splitext(os.path.basename(path))[0]: path for path in video_files(f"{root}/{f}")}
             path = listed[folder[0]].get(video) if folder else video
-            found[split] += [(path, label)] if path else []
+            found[split] += [(seen[label], label, path)] if path else []
             missing += [] if path else [(split, f"{root}/{folder[0]}/{video}")]
+            seen[label] += 1
         # The first video of each class, then the second of each, …: then --limit sees all classes.
-        found[split].sort(key=lambda sample: (seen.update([sample[1]]) or seen[sample[1]], sample[1]))
+        found[split] = [(path, label) for _, label, path in sorted(found[split])]
     return Videos(found["train"], found["val"], classes, missing)
 
 SOURCES = dict(
@@ -350,37 +354,33 @@ SOURCES = dict(
     demo=lambda root: drawn_data(root, (1536, 256), draw_moving, MOVING_CLASSES),
     stills=lambda root: drawn_data(root, (24600, 410), draw_still, STILL_CLASSES))
 
-def find_videos(data, root=None, split=None, strict=True):
-    """The lists of a data set; raises DataError. split: HMDB51's. Not strict: videos may be missing and classes empty."""
+def find_videos(data, root=None, split=None, whole=SPLITS):
+    """The lists of a data set; DataError unless those in `whole` have videos, all of them on the disk. split: HMDB51's."""
     root = root or os.path.join("data", data)
     if split and data != "hmdb51":
         raise DataError(f"--split chooses one of HMDB51's three; {data} has one")
     if data not in ("demo", "stills") and not os.path.isdir(root):
         raise DataError(f"the data folder {root} is not there; say with --root where the {data!r} data are")
     videos = SOURCES[data](root, split) if split else SOURCES[data](root)
-    if not strict:
-        return videos
-    for split in SPLITS:
-        absent = [path for s, path in videos.missing if s == split]
-        listed = len({path for path, _ in getattr(videos, split)} | set(absent))
+    for split in whole:
+        there, absent = getattr(videos, split), [path for s, path in videos.missing if s == split]
+        listed = len({path for path, _ in there} | set(absent))
         if len(absent) > (listed // 5 if data == "k400" else 0):  # every download of Kinetics lacks some; the others come whole
-            raise DataError(f"{len(absent)} of {listed} {split} videos are not there; the first: {absent[0]}")
-    if len(videos.classes) < 2 or not videos.val:
-        raise DataError(f"{root} has {len(videos.classes)} classes and {len(videos.val)} validation videos; it needs two and one")
-    empty = sorted(set(range(len(videos.classes))) - {label for _, label in videos.train})
-    if empty and data != "diving48":  # its corrected labels (V2) leave one of the 48 empty
-        raise DataError(f"{root} has no training video of the class {videos.classes[empty[0]]!r}")
+            raise DataError(f"{len(absent)} of {listed} {split} videos are not there (data.py lists them), such as {absent[0]}")
+        if not there or len(videos.classes) < 2:
+            raise DataError(f"{root} has {len(there)} {split} videos and {len(videos.classes)} classes; it needs one and two")
+        empty = sorted(set(range(len(videos.classes))) - {label for _, label in there})
+        if empty and split == "train" and data != "diving48":  # of its 48 names the corrected labels (V2) need not use all
+            raise DataError(f"{root} has no training video of the class {videos.classes[empty[0]]!r}")
     return videos
 
 # ---------------------------------------------------------------- training samples
 class Clips(Dataset):
     """Training clips of labelled videos: item (epoch, i) → (augmented clip (T, 3, S, S) uint8, label, messages). Another
     video takes the place of one that cannot be read, and the message travels with it."""
-
     def __init__(self, samples, num_frames, size, sampling="dense", strides=(1,), augment="rand", flip=True, erasing=0.0, seed=0):
         self.samples, self.num_frames, self.size, self.sampling, self.strides = samples, num_frames, size, sampling, strides
-        self.augment, self.seed = augment, seed
-        self.transform = training_transform(augment, size, flip, erasing)
+        self.augment, self.seed, self.transform = augment, seed, training_transform(augment, size, flip, erasing)
 
     def __len__(self):
         return len(self.samples)
@@ -396,8 +396,7 @@ class Clips(Dataset):
             try:
                 frames = read_frames(path, lambda n: clip_frames(n, self.num_frames, self.sampling, stride, position))
                 if self.augment == "translate" and frames.shape[1:3] != (self.size, self.size):
-                    raise VideoError(f"{path} is {frames.shape[2]}x{frames.shape[1]}, and translation, which resamples nothing,"
-                                     f" takes {self.size}x{self.size}")
+                    raise VideoError(f"{path} is {frames.shape[2]}x{frames.shape[1]}; translation takes {self.size}x{self.size}")
             except VideoError as error:
                 failures.append(str(error))
                 if len(failures) == 10:
@@ -416,10 +415,8 @@ STILL_CLASSES = [(texture, cell) for texture in TEXTURES for cell in range(16)] 
 SIZE, SAMPLED = 64, (0, 4, 8, 12)  # pixels per side; which of the 16 frames the demo's spatial path sees
 
 class Scene:
-    """A striped thing on a smooth background; the seed decides everything but its stripes and place. The stripes, 2 px dark
-    and 2 px light, vanish when a frame is shrunk by 4. The background has no noise: behind a moving thing the codec would
-    leave a trace of it that betrays the direction."""
-
+    """A striped thing on a smooth background; the seed decides all but stripes and place. The stripes, 2 px dark and 2 px light,
+    vanish when a frame is shrunk by 4. Noise in the background would let the codec leave a trace that betrays the direction."""
     def __init__(self, rng):
         tint = lambda: rng.uniform(-25, 25, 3)
         luma, contrast = rng.uniform(90, 165), rng.uniform(55, 80)
@@ -433,8 +430,7 @@ class Scene:
         """The thing centred on the corner (cy, cx) between pixels → (SIZE, SIZE, 3) uint8."""
         y, x = np.mgrid[:SIZE, :SIZE] + 0.5 - np.reshape((cy, cx), (2, 1, 1))
         depth = self.radius - (np.hypot(y, x) if self.round else np.maximum(abs(y), abs(x)))  # px to the rim, < 0 outside
-        along = y if texture == "horizontal" else x
-        stripes = np.where((along // 2) % 2 == 0, 45, -45) * (depth / 2).clip(0, 1)  # fade towards the rim
+        stripes = np.where(((y if texture == "horizontal" else x) // 2) % 2 == 0, 45, -45) * (depth / 2).clip(0, 1)  # fading
         image = np.where((depth > 0)[..., None], self.colour + stripes[..., None], self.background)
         return image.round().clip(0, 255).astype(np.uint8)
 
@@ -450,9 +446,8 @@ def draw_moving(seed, motion, texture):
     return np.stack([scene.draw(texture, cy + dy * s, cx + dx * s) for s in np.rint(speed * (np.arange(16) - np.mean(SAMPLED)))])
 
 def draw_still(seed, kind, cell):
-    """One still, a clip of one frame → (1, 64, 64, 3) uint8. Either one thing, whose texture and cell (4 x 4)
-    are the class; or a sheet of 16 small ones, all in the same ninth of their little frames, which is the
-    class. Nothing moves: a sheet's places within the ninth are independent draws."""
+    """One still, a clip of one frame → (1, 64, 64, 3) uint8. Either one thing, class = texture and cell (4 x 4); or a sheet
+    of 16 small ones, class = the ninth of their little frames that all are in, each at its own place there: nothing moves."""
     rng = np.random.default_rng(seed)
     scene = Scene(rng)
     if kind != "sheet":
@@ -480,8 +475,7 @@ def drawn_data(root, numbers, draw, classes):
         final, temporary = f"{root}/{split}", f"{root}/{split}.{os.getpid()}.tmp"
         try:
             jobs = [(temporary, i, [split == "val", i], draw, classes[i % len(classes)]) for i in range(number)]
-            for _ in () if os.path.isdir(final) else in_parallel(draw_file, jobs, f"drawing {final}"):
-                pass
+            list(() if os.path.isdir(final) else in_parallel(draw_file, jobs, f"drawing {final}"))
             if not os.path.isdir(final):  # another run may have finished first
                 os.rename(temporary, final)
         finally:
@@ -500,7 +494,7 @@ def in_parallel(work, jobs, title):
         yield from tqdm(pool.map(work, jobs, chunksize=16), title, len(jobs), unit="video")
 
 # ---------------------------------------------------------------- check a data set
-def try_video(path, num_frames, sampling, augment):
+def try_video(num_frames, sampling, path):
     """(number of frames, what is wrong or None, seconds for reading, seconds for augmenting) of one training sample."""
     start, counts = time.perf_counter(), []
     try:
@@ -508,43 +502,49 @@ def try_video(path, num_frames, sampling, augment):
     except VideoError as error:
         return 0, str(error), 0, 0
     read = time.perf_counter()
-    training_transform(augment, 224, flip=True)(torch.from_numpy(frames).permute(0, 3, 1, 2)).contiguous()
+    training_transform("rand", 224, flip=True)(torch.from_numpy(frames).permute(0, 3, 1, 2)).contiguous()
     return counts[0], None, read - start, time.perf_counter() - read
+
+def check(videos, args, table):
+    """Writes what is wrong with a data set to the table, as it is found, and prints a summary."""
+    kinds, seconds = Counter(), []
+    report = lambda kind, what, details="": (table.writerow((kind, what, details)), kinds.update([kind]))
+    for split in SPLITS:
+        for path in [path for s, path in videos.missing if s == split]:
+            report("missing", path, split)
+        for label in sorted(set(range(len(videos.classes))) - {label for _, label in getattr(videos, split)}):
+            report(f"no {split} video", videos.classes[label])
+    paths = sorted({path for path, _ in videos.train + videos.val} - {path for _, path in videos.missing})
+    paths = [paths[i] for i in sorted(np.random.default_rng(0).permutation(len(paths))[:max(0, args.limit)])]
+    samples = in_parallel(partial(try_video, args.frames, args.sampling), paths, "reading")
+    for path, (count, error, *times) in zip(paths, samples):
+        if error or count < args.frames:
+            report("unreadable" if error else "short", path, error or f"{count} frames")
+        seconds += [] if error else [times]
+    found = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
+    print(f"{len(paths)} videos read; problems (problems-{args.data}.csv): {found or 'none'}")
+    if seconds:
+        read, made = 1000 * np.mean(seconds, axis=0)
+        print(f"a sample of {args.frames} frames: {read:.1f} ms reading + {made:.1f} ms augmenting;"
+              f" {1000 / (read + made):.1f} samples/s per worker, {read + made:.0f} workers for 1,000 clips/s")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make one training sample of every video; report problems and speed.")
     parser.add_argument("--data", default="demo", choices=SOURCES)
     parser.add_argument("--root", help="folder of the data (default data/NAME)")
     parser.add_argument("--split", type=int, choices=(1, 2, 3), help="HMDB51's (default 1)")
-    parser.add_argument("--frames", type=int, default=32, help="frames per clip, of 224 px")
+    parser.add_argument("--frames", type=int, default=16, choices=(1, 8, 16, 32, 48), help="frames per clip, of 224 px")
     parser.add_argument("--sampling", choices=("dense", "uniform"), default="uniform", help="every fourth, or the whole length")
-    parser.add_argument("--augment", choices=("rand", "crop"), default="rand", help="with RandAugment or without")
-    parser.add_argument("--limit", type=int, help="only so many videos, drawn by chance")
+    parser.add_argument("--limit", type=int, default=10**9, help="only so many videos, drawn by chance")
     args = parser.parse_args(argv)
     try:
-        videos = find_videos(args.data, args.root, args.split, strict=False)
-    except (DataError, OSError) as error:
-        raise SystemExit(f"data.py: {error}")
-    print(f"{len(videos.train)} training and {len(videos.val)} validation videos, {len(videos.classes)} classes")
-    problems, seconds = [("missing", path, split) for split, path in videos.missing], []
-    for split in SPLITS:
-        labels = {label for _, label in getattr(videos, split)}
-        problems += [(f"no {split} video", name, "") for i, name in enumerate(videos.classes) if i not in labels]
-    paths = sorted({path for path, _ in videos.train + videos.val} - {path for _, path in videos.missing})
-    paths = [paths[i] for i in sorted(np.random.default_rng(0).permutation(len(paths))[:args.limit])]
-    work = partial(try_video, num_frames=args.frames, sampling=args.sampling, augment=args.augment)
-    for path, (count, error, *times) in zip(paths, in_parallel(work, paths, "reading")):
-        if error or count < args.frames:
-            problems.append(("unreadable", path, error) if error else ("short", path, f"{count} frames"))
-        seconds += [] if error else [times]
-    with open(f"problems-{args.data}.csv", "w", newline="", errors="surrogateescape") as file:
-        csv.writer(file).writerows([("problem", "video or class", "details"), *problems])
-    kinds = [f"{n} x {kind}" for kind, n in Counter(kind for kind, *_ in problems).items()]
-    print(f"{len(paths)} videos read; problems: {', '.join(kinds) or 'none'}; wrote problems-{args.data}.csv")
-    if seconds:
-        reading, augmenting = 1000 * np.mean(seconds, axis=0)
-        print(f"a sample: {reading:.1f} ms reading + {augmenting:.1f} ms augmenting; {1000 / (reading + augmenting):.1f} samples/s"
-              f" per worker, {reading + augmenting:.0f} workers for 1,000 clips/s")
+        videos = find_videos(args.data, args.root, args.split, whole=())
+        print(f"{len(videos.train)} training and {len(videos.val)} validation videos, {len(videos.classes)} classes")
+        with open(f"problems-{args.data}.csv", "w", newline="", errors="surrogateescape") as file:
+            file.write("problem,video or class,details\n")
+            check(videos, args, csv.writer(file))
+    except (DataError, OSError, KeyboardInterrupt, concurrent.futures.BrokenExecutor) as error:
+        raise SystemExit(f"data.py: {error or 'stopped'}")
 
 if __name__ == "__main__":
     main()

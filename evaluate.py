@@ -154,6 +154,15 @@ def at_least(least):
         return int(text)
     return parse
 
+def fraction(text):
+    """The type, for argparse, of numbers from 0 to 1."""
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
 def parse_views(text):
     """'3x1' → (3 clips, 1 crop)."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
@@ -185,6 +194,7 @@ def main(argv=None):
     parser.add_argument("--limit", type=at_least(1), help="only the first N videos")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
     rank, world, device = start_processes()
 
     def set_up():
@@ -196,14 +206,14 @@ def main(argv=None):
         else:
             source = args.data or run["data"]
             same = source == run["data"]
-            videos = data.find_videos(source, args.root or (run["root"] if same else None),
-                                      args.split or (run.get("split") if same else None))
+            args.split = args.split or (run.get("split") if same else None)
+            videos = data.find_videos(source, args.root or (run["root"] if same else None), args.split, whole=("val",))
             if videos.classes != run["classes"]:
                 raise data.DataError(f"the classes of {source} ({len(videos.classes)}) are not the {len(run['classes'])} that"
                                      " the checkpoint knows")
             was = run.get("val_fingerprint") if same else None
             if rank == 0 and was and was != fingerprint(videos.val):
-                print(f"note: these {len(videos.val)} validation videos are not the {run['val_videos']} that the training had")
+                print(f"note: these {len(videos.val)} validation videos are not the {run['val_videos']} of the training")
             samples, missing = videos.val[:args.limit], sum(split == "val" for split, _ in videos.missing)
         if args.predictions:
             open(args.predictions, "a").close()  # better now than after the evaluation
@@ -220,7 +230,7 @@ def main(argv=None):
     if args.video:
         return show_videos(rows, clips, names)
     result = dict(summarise(rows), checkpoint=args.checkpoint, data=args.data or run["data"], views="%dx%d" % views,
-                  limit=args.limit, missing=missing, fingerprint=fingerprint(samples))
+                  split=args.split, limit=args.limit, missing=missing, fingerprint=fingerprint(samples))
     print(f"top-1 {100 * result['top1']:.2f} %   top-5 {100 * result['top5']:.2f} %   ({result['videos']} videos,"
           f" {views[0]} clips x {views[1]} crops)" + (f"; {missing} listed videos are not there" if missing else ""))
     if result["failed"]:
@@ -229,12 +239,13 @@ def main(argv=None):
         for *_, error in [row for row in rows if row[-1]][:10]:
             print(f"  {error}")
     result["unreadable"] = [clips.samples[row[0]][0] for row in rows if row[-1]]
-    file = os.path.splitext(args.checkpoint)[0] + f".{result['data']}.json"
+    split = f"-split{args.split}" if args.split else ""
+    file = os.path.splitext(args.checkpoint)[0] + f".{result['data']}{split}.json"
     with open(file, "w") as out:
         json.dump(result, out, indent=1)
     print(f"wrote {file}")
     if args.predictions:
-        with open(args.predictions, "w", newline="") as out:
+        with open(args.predictions, "w", newline="", errors="surrogateescape") as out:
             table = csv.writer(out)
             best = range(1, min(5, len(names)) + 1)
             table.writerow(["video", "label"] + [f"{what}{i}" for i in best for what in ("class", "score")])
