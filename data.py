@@ -1,8 +1,6 @@
-"""Video files to labelled clips of uint8 frames.
+"""Video files to labelled clips of frames, uint8 from the decoder to the device: a quarter of the bytes of floats.
 
     python data.py --data k400 --frames 32 --sampling dense      # makes a sample of every video: problems and speed
-
-Pixels stay uint8 from the decoder to the device: a quarter of the bytes of floats on the way.
 """
 import argparse
 import bisect
@@ -54,7 +52,7 @@ def read_frames(path, indices):
             times = presentation_times(stream, packets)
             count = len(times) if times else sum(1 for _ in decode_all(stream, packets))
             numbers = [int(i) for i in (indices(count) if callable(indices) else indices)]
-            for i in numbers:
+            for i in numbers or [-1]:
                 if not 0 <= i < count:
                     raise VideoError(f"{path} has {count} frames, so no frame {i}")
             targets = [times[i] for i in numbers] if times else []
@@ -232,8 +230,7 @@ def rand_augment(clip):
     return clip
 
 def training_transform(augment, size, flip, erasing=0.0):
-    """v2 transforms draw once per call: all frames of a clip are treated alike. Cropping comes first, so that RandAugment
-    costs the same on videos of any size."""
+    """Draws once per call: all frames are treated alike. Cropping comes first: then RandAugment costs the same on any video."""
     if augment == "translate":  # whole pixels: nothing is resampled, mirrored or recoloured
         return v2.Compose([v2.RandomCrop(size, padding=size // 16, padding_mode="edge")])
     crop = [v2.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), antialias=True)]
@@ -271,7 +268,7 @@ def list_data(root):
 
 def kinetics_data(root):
     """train.csv, val.csv: label,youtube_id,time_start,time_end,split. train/, val/: CLASS/ID_000001_000011.mp4, or flat."""
-    name = lambda row: f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+    name = lambda row: f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
     rows = {split: annotations(root, lambda file: [(split, name(row), row["label"]) for row in csv.DictReader(file)],
                                f"{split}.csv", f"annotations/{split}.csv") for split in SPLITS}
     return assemble(root, sorted({label for *_, label in rows["train"]}), rows)
@@ -293,7 +290,7 @@ def hmdb51_data(root, split=1):
     classes = sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending) and name[0] != ".")
     if not classes:
         raise DataError(f"{folder} has no file CLASS{ending}; --data hmdb51 needs one for each class")
-    place = next((p for p in ("hmdb51_org/", "videos/") if os.path.isdir(f"{root}/{p}{classes[0]}")), "")
+    place = next((p for p in ("hmdb51_org/", "videos/") if any(os.path.isdir(f"{root}/{p}{name}") for name in classes)), "")
     parse = lambda file: [(os.path.splitext(video)[0], int(use)) for video, use in map(str.split, filter(str.strip, file))]
     uses = {name: annotations(folder, parse, name + ending) for name in classes}
     return assemble(root, classes, {split: [(place + name, video, name) for name in classes for video, use in uses[name]
@@ -329,8 +326,7 @@ def video_files(folder):
     return sorted(files + [path for entry in entries if entry.is_dir() for path in video_files(entry.path)])
 
 def assemble(root, classes, rows):
-    """Rows of each split, (path, class) or (folder, name of the video without suffix, class) → Videos. A class is given by
-    its name or number."""
+    """Rows of each split, (path, class) or (folder, video without suffix, class), a class its name or number → Videos."""
     if not classes:
         raise DataError(f"{root} has no training videos, so no classes")
     numbers, listed, found, missing = {name: i for i, name in enumerate(classes)}, {}, {}, []
@@ -343,12 +339,13 @@ def assemble(root, classes, rows):
                 listed[f] = {os.path.splitext(os.path.basename(path))[0]: path for path in video_files(f"{root}/{f}")}
             path = listed[folder[0]].get(video) if folder else video
             found[split] += [(seen[label], label, path)] if path else []
-            missing += [] if path else [(split, f"{root}/{folder[0]}/{video}")]
+            missing += [] if path else [(split, f"{root}/{folder[0]}/{video}.*")]
             seen[label] += 1
         # The first video of each class, then the second of each, …: then --limit sees all classes.
         found[split] = [(path, label) for _, label, path in sorted(found[split])]
     return Videos(found["train"], found["val"], classes, missing)
 
+CLASSES = dict(k400=400, ssv2=174, hmdb51=51, diving48=48)
 SOURCES = dict(
     k400=kinetics_data, ssv2=something_data, hmdb51=hmdb51_data, diving48=diving48_data, folder=folder_data, list=list_data,
     demo=lambda root: drawn_data(root, (1536, 256), draw_moving, MOVING_CLASSES),
@@ -457,14 +454,14 @@ def draw_still(seed, kind, cell):
     frames = [scene.draw(texture, *[int(rng.integers(8 + c * 16, 24 + c * 16)) for c in divmod(cell, 3)]) for _ in range(16)]
     return frameset(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[None])[0].permute(0, 2, 3, 1).numpy()
 
-def write_video(path, frames, rate=8, **options):
+def write_video(path, frames, rate=8):
     """frames (T, H, W, 3) uint8 → an H.264 mp4 at `path`, the same bytes every time."""
     with av.open(f"file:{path}", "w") as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         # With mbtree x264 is not deterministic; with more threads its bytes can depend on the number of cores.
         stream.codec_context.thread_count = 1
-        stream.options = {"preset": "veryfast", "crf": "23", "x264-params": "mbtree=0", **options}
+        stream.options = {"preset": "veryfast", "crf": "23", "x264-params": "mbtree=0"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -506,7 +503,7 @@ def try_video(num_frames, sampling, path):
     return counts[0], None, read - start, time.perf_counter() - read
 
 def check(videos, args, table):
-    """Writes what is wrong with a data set to the table, as it is found, and prints a summary."""
+    """Writes what is wrong with a data set to the table, as it is found, and prints a summary; 1 if it is serious, or 0."""
     kinds, seconds = Counter(), []
     report = lambda kind, what, details="": (table.writerow((kind, what, details)), kinds.update([kind]))
     for split in SPLITS:
@@ -514,10 +511,11 @@ def check(videos, args, table):
             report("missing", path, split)
         for label in sorted(set(range(len(videos.classes))) - {label for _, label in getattr(videos, split)}):
             report(f"no {split} video", videos.classes[label])
+    if len(videos.classes) != CLASSES.get(args.data, len(videos.classes)):
+        report("number of classes", len(videos.classes), f"{args.data} has {CLASSES[args.data]}")
     paths = sorted({path for path, _ in videos.train + videos.val} - {path for _, path in videos.missing})
     paths = [paths[i] for i in sorted(np.random.default_rng(0).permutation(len(paths))[:max(0, args.limit)])]
-    samples = in_parallel(partial(try_video, args.frames, args.sampling), paths, "reading")
-    for path, (count, error, *times) in zip(paths, samples):
+    for path, (count, error, *times) in zip(paths, in_parallel(partial(try_video, args.frames, args.sampling), paths, "reading")):
         if error or count < args.frames:
             report("unreadable" if error else "short", path, error or f"{count} frames")
         seconds += [] if error else [times]
@@ -527,6 +525,7 @@ def check(videos, args, table):
         read, made = 1000 * np.mean(seconds, axis=0)
         print(f"a sample of {args.frames} frames: {read:.1f} ms reading + {made:.1f} ms augmenting;"
               f" {1000 / (read + made):.1f} samples/s per worker, {read + made:.0f} workers for 1,000 clips/s")
+    return int(bool(set(kinds) - {"short"}))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make one training sample of every video; report problems and speed.")
@@ -542,9 +541,9 @@ def main(argv=None):
         print(f"{len(videos.train)} training and {len(videos.val)} validation videos, {len(videos.classes)} classes")
         with open(f"problems-{args.data}.csv", "w", newline="", errors="surrogateescape") as file:
             file.write("problem,video or class,details\n")
-            check(videos, args, csv.writer(file))
+            return check(videos, args, csv.writer(file))
     except (DataError, OSError, KeyboardInterrupt, concurrent.futures.BrokenExecutor) as error:
         raise SystemExit(f"data.py: {error or 'stopped'}")
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -154,14 +154,16 @@ def at_least(least):
         return int(text)
     return parse
 
-def fraction(text):
-    """The type, for argparse, of numbers from 0 to 1."""
-    try:
-        if 0 <= float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+def number(least, most=float("inf")):
+    """The type, for argparse, of numbers from `least` to `most`."""
+    def parse(text):
+        try:
+            if least <= float(text) <= most:
+                return float(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
+    return parse
 
 def parse_views(text):
     """'3x1' → (3 clips, 1 crop)."""
@@ -193,7 +195,7 @@ def main(argv=None):
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     parser.add_argument("--limit", type=at_least(1), help="only the first N videos")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
     rank, world, device = start_processes()
 
@@ -213,7 +215,8 @@ def main(argv=None):
                                      " the checkpoint knows")
             was = run.get("val_fingerprint") if same else None
             if rank == 0 and was and was != fingerprint(videos.val):
-                print(f"note: these {len(videos.val)} validation videos are not the {run['val_videos']} of the training")
+                print(f"note: these {len(videos.val)} validation videos are not the {run['val_videos']} of the training, which may"
+                      " have seen some of them")
             samples, missing = videos.val[:args.limit], sum(split == "val" for split, _ in videos.missing)
         if args.predictions:
             open(args.predictions, "a").close()  # better now than after the evaluation
@@ -239,11 +242,6 @@ def main(argv=None):
         for *_, error in [row for row in rows if row[-1]][:10]:
             print(f"  {error}")
     result["unreadable"] = [clips.samples[row[0]][0] for row in rows if row[-1]]
-    split = f"-split{args.split}" if args.split else ""
-    file = os.path.splitext(args.checkpoint)[0] + f".{result['data']}{split}.json"
-    with open(file, "w") as out:
-        json.dump(result, out, indent=1)
-    print(f"wrote {file}")
     if args.predictions:
         with open(args.predictions, "w", newline="", errors="surrogateescape") as out:
             table = csv.writer(out)
@@ -253,6 +251,14 @@ def main(argv=None):
                 table.writerow([clips.samples[index][0], names[label]]
                                + [cell for c, s in zip(classes, scores) for cell in (names[c], f"{s:.6f}")])
         print(f"wrote {args.predictions}")
+    split = f"-split{args.split}" if args.split else ""
+    file = os.path.splitext(args.checkpoint)[0] + f".{result['data']}{split}.json"
+    try:
+        with open(file, "w") as out:
+            json.dump(result, out, indent=1)
+        print(f"wrote {file}")
+    except OSError as error:  # a checkpoint that others own
+        print(f"note: the result is not written: {error}")
     return 0
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every claim of the other files, tested: pytest test_all.py"""
 import csv
 import inspect
+import itertools
 import json
 import math
 import os
@@ -696,11 +697,16 @@ def test_names_that_look_like_protocols_are_files(tmp_path, monkeypatch):
 
 def test_hostile_files_meet_limits(tmp_path, monkeypatch):
     path = write_anything(str(tmp_path / "a.mp4"), **x264())
-    for limit, words in (("MAX_PACKETS", "cut it into clips"), ("MAX_BYTES", "cut it into clips"), ("MAX_PIXELS", "cannot read")):
+    for limit, value, words in (("MAX_PACKETS", 40, "cut it into clips"), ("MAX_BYTES", 40, "cut it into clips"), ("MAX_PIXELS", 40, "cannot read"),
+                                ("MAX_BYTES", os.path.getsize(path), "frames are too large")):
         with monkeypatch.context() as patch:
-            patch.setattr(data, limit, 40)
+            patch.setattr(data, limit, value)
             with pytest.raises(data.VideoError, match=words):
-                data.read_frames(path, [0])
+                data.read_frames(path, [0] * 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.time, "monotonic", itertools.count(0, 30).__next__)
+        with pytest.raises(data.VideoError, match="more than 120 seconds"):
+            data.read_frames(path, [59])
 
 def mutate(rng, content, other):
     """A damaged copy of a file: bytes flipped, set, cut out, doubled, truncated, or another file's header in front."""
@@ -1017,7 +1023,7 @@ def test_kinetics_may_lack_videos_and_says_how_many(tmp_path, capsys):
     os.remove(tmp_path / "train/more8_000000_000010.mp4")
     os.remove(tmp_path / "val/more3_000000_000010.mp4")
     videos = data.find_videos("k400", str(tmp_path))
-    assert videos.missing == [(split, f"{tmp_path}/{split}/more{i}_000000_000010") for split, i in (("train", 8), ("val", 3))]
+    assert videos.missing == [(split, f"{tmp_path}/{split}/more{i}_000000_000010.*") for split, i in (("train", 8), ("val", 3))]
     assert len(videos.train) == 11 and len(videos.val) == 5 and evaluate.fingerprint(videos.val) != evaluate.fingerprint(before.val)
     out = str(tmp_path / "out")
     train.main(["--data", "k400", "--root", str(tmp_path), "--out", out, "--backbone", "tiny", "--frames", "16", "--spatial-frames", "4",
@@ -1226,7 +1232,7 @@ def test_data_as_a_script(micro, tmp_path, monkeypatch, capsys):
     shutil.copytree(micro, tmp_path / "set")
     monkeypatch.chdir(tmp_path)
     table = lambda name: list(csv.reader(open(f"problems-{name}.csv", errors="surrogateescape")))
-    data.main(["--data", "folder", "--root", "set", "--frames", "32", "--sampling", "dense"])
+    assert data.main(["--data", "folder", "--root", "set", "--frames", "32", "--sampling", "dense"]) == 0
     out = capsys.readouterr().out
     assert "16 training and 8 validation videos, 8 classes" in out and "samples/s per worker" in out
     assert "24 videos read; problems (problems-folder.csv): 24 x short" in out
@@ -1235,7 +1241,7 @@ def test_data_as_a_script(micro, tmp_path, monkeypatch, capsys):
     bad, gone = [os.path.join("set/train/up_vertical", f) for f in os.listdir("set/train/up_vertical")]
     os.rename(bad, bad := os.fsdecode(b"set/train/up_vertical/caf\xe9.mp4"))
     open(bad, "w").close()
-    data.main(["--data", "folder", "--root", "set"])
+    assert data.main(["--data", "folder", "--root", "set"]) == 1
     assert "23 videos read; problems (problems-folder.csv): 1 x no val video, 1 x unreadable" in capsys.readouterr().out
     assert table("folder")[1] == ["no val video", "up_vertical", ""] and table("folder")[2][:2] == ["unreadable", bad] and len(table("folder")) == 3
     (tmp_path / "lists").mkdir()
@@ -1243,6 +1249,8 @@ def test_data_as_a_script(micro, tmp_path, monkeypatch, capsys):
         (tmp_path / f"lists/{split}.txt").write_text(f"../{gone} 0\nnone.mp4 1\n")
     data.main(["--data", "list", "--root", "lists", "--limit", "5"])
     assert "1 videos read; problems (problems-list.csv): 2 x missing" in capsys.readouterr().out
+    benchmark("k400", tmp_path / "k400")
+    assert data.main(["--data", "k400", "--root", "k400"]) == 1 and table("k400")[1:] == [["number of classes", "2", "k400 has 400"]]
     for options, words in ((["--root", "/no/where"], "/no/where is not there"), (["--data", "k400", "--root", "set"], "train.csv is not there, nor")):
         with pytest.raises(SystemExit, match=words):
             data.main(["--data", "folder", *options])
@@ -1337,6 +1345,8 @@ def test_evaluation_reports_unreadable_videos(micro, tmp_path, capsys):
     bad = data.find_videos("folder", root).val[2][0]
     open(bad, "w").close()
     train.main(SMALL + ["--root", root, "--out", out, "--epochs", "1"])
+    assert "0 + 1 unreadable, see failed.txt" in capsys.readouterr().out and bad in open(f"{out}/failed.txt").read()
+    assert (lines(out)[0]["failed"], lines(out)[0]["val_failed"]) == (0, 1)
     evaluate.main([f"{out}/last.pt", "--workers", "0"])
     printed = capsys.readouterr().out
     assert "1 videos could not be read and count as wrong" in printed and bad in printed
@@ -1355,7 +1365,7 @@ def test_broken_training_videos_are_logged_once_and_too_many_stop_the_run(tmp_pa
     logged = open(tmp_path / "run/failed.txt", errors="surrogateescape").read().splitlines()
     assert len(logged) == 2 and all(any(bad in line for line in logged) for bad in (odd, path(20)))
     open(path(30), "w").close()
-    with pytest.raises(SystemExit, match="3 videos could not be read in an epoch, more than 5 %"):
+    with pytest.raises(SystemExit, match="3 training videos could not be read, more than 5 %"):
         train.main(SMALL + ["--root", root, "--out", str(tmp_path / "two"), "--epochs", "1"])
     assert len(open(tmp_path / "two/failed.txt", errors="surrogateescape").readlines()) == 3
 
@@ -1479,7 +1489,7 @@ def test_learning_rate_rises_then_falls_as_half_a_cosine(micro, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (["--batch", "99"], "--batch 99 is larger than the data set: 16"), (["--amp", "fp16"], "--amp fp16 needs a CUDA GPU"),
     (["--frames", "15"], "15.*16"), (["--size", "100"], "100.*96 or 104"), (["--bottleneck", "0"], None), (["--epochs", "0"], None),
-    (["--batch", "-1"], None), (["--workers", "-1"], None), (["--out", __file__], "test_all.py"), (["--resume", "--overwrite"], None), (["--init", "absent.pt"], "no checkpoint absent.pt"), (["--erasing", "2"], None), (["--dropout", "x"], None), (["--seed", "-1"], None), (["--split", "2"], "--split chooses"), (["--root", "/no/where"], "/no/where")])
+    (["--batch", "-1"], None), (["--workers", "-1"], None), (["--out", __file__], "test_all.py"), (["--resume", "--overwrite"], None), (["--init", "absent.pt"], "no checkpoint absent.pt"), (["--erasing", "2"], None), (["--lr", "-1"], None), (["--warmup", "nan"], None), (["--dropout", "x"], None), (["--seed", "-1"], None), (["--split", "2"], "--split chooses"), (["--root", "/no/where"], "/no/where")])
 def test_mistakes_on_the_command_line_get_a_sentence(options, words, micro, tmp_path, capsys):
     if torch.cuda.is_available() and "--amp" in options:
         pytest.skip("this machine has a GPU")
@@ -1528,7 +1538,7 @@ def two_trainings(rank, port, root, out, broken):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     train.main(SMALL + ["--root", root, "--out", out, *TOGETHER, "--workers", "1", "--micro-batch", "3"])
     evaluate.main([f"{out}/last.pt", "--limit", "7", "--workers", "0"])
-    with pytest.raises(SystemExit, match="3 videos could not be read" if rank == 0 else "1"):
+    with pytest.raises(SystemExit, match="3 training videos could not be read" if rank == 0 else "1"):
         train.main(SMALL + ["--root", broken, "--out", out + "-broken"])
 
 TOGETHER = ["--dropout", "0", "--clip-grad", "1", "--limit", "16"]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import model as models
-from evaluate import (Views, at_least, autocast_type, fingerprint, fraction, gather, in_turn, parse_views, predict,
+from evaluate import (Views, at_least, autocast_type, fingerprint, gather, in_turn, number, parse_views, predict,
                       start_processes, summarise)
 
 # What a data set needs beyond the defaults of the options. Names are those of the options. "Command" is a line in the authors'
@@ -82,7 +82,7 @@ def parse(argv):
     add("--spatial-frames", type=at_least(1), default=8, help="frames that the spatial path sees, T_s")
     add("--size", type=at_least(1), help="pixels per side (default the image model's own)")
     add("--bottleneck", type=at_least(1), default=128, help="width of the adapters")
-    add("--dropout", type=fraction, default=0.1, help="in the adapters")
+    add("--dropout", type=number(0, 1), default=0.1, help="in the adapters")
     add("--position-scale", type=float, default=1.0, help="amplitude of the temporal position code")
     add("--pre-attention-adapter", action=argparse.BooleanOptionalAction, default=False, help="A_t0")
     add("--serial-skip", action=argparse.BooleanOptionalAction, default=False, help="z + h + A(h), not the paper's z + A(h)")
@@ -95,17 +95,17 @@ def parse(argv):
     add("--augment", choices=("rand", "crop", "translate"), default="rand",
         help="random resized crop with RandAugment or without, or whole-pixel shifts alone")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips (not with translate)")
-    add("--erasing", type=fraction, default=0.0, help="probability of random erasing (not with translate)")
+    add("--erasing", type=number(0, 1), default=0.0, help="probability of random erasing (not with translate)")
     add("--views", type=parse_views, metavar="CLIPSxCROPS", default=(3, 1), help="test views that evaluate.py averages")
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
     add("--epochs", type=at_least(1), default=30)
-    add("--warmup", type=float, default=3, help="epochs of rising learning rate")
+    add("--warmup", type=number(0), default=3, help="epochs of rising learning rate")
     add("--batch", type=at_least(1), default=64, help="clips per step, over all processes")
     add("--micro-batch", type=at_least(1), help="clips per forward and process; the gradients add up (default all)")
-    add("--lr", type=float, default=1e-3, help="base learning rate, per 256 clips")
-    add("--weight-decay", type=float, default=0.05)
-    add("--clip-grad", type=float, help="largest norm of the gradient (default no limit)")
+    add("--lr", type=number(0), default=1e-3, help="base learning rate, per 256 clips")
+    add("--weight-decay", type=number(0), default=0.05)
+    add("--clip-grad", type=number(0), help="largest norm of the gradient (default no limit)")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="decoding processes, per training process")
     known, _ = parser.parse_known_args(argv)
@@ -152,7 +152,6 @@ def main(argv=None):
     first_epoch = resumed["training"]["epoch"] if resumed else 0
     if world > 1 and len(set(gather([first_epoch]))) > 1:
         raise SystemExit(f"train.py: not all machines find the same last.pt in {args.out}: its disk must be one they share")
-    in_turn(lambda: start_log(args, resumed) if rank == 0 else None)  # from here on the folder is this run's
 
     size = model.visual.image_size[0]
     clips = data.Clips(training, args.frames, size, args.sampling, args.stride, args.augment, args.flip, args.erasing, args.seed)
@@ -186,6 +185,8 @@ def main(argv=None):
         f" {str(dtype or torch.float32).removeprefix('torch.')}; learning rate {args.lr:g} x {args.batch}/256 = {lr:g}")
     say(f"writes    {args.out}" + (f", resumed after epoch {first_epoch}" if resumed else ""))
 
+    in_turn(lambda: start_log(args, resumed) if rank == 0 else None)  # from here on the folder is this run's
+
     # ---- the loop
     most = 0.05 * len(clips)  # unreadable videos in an epoch
     for epoch in range(first_epoch, args.epochs):
@@ -195,9 +196,9 @@ def main(argv=None):
         loss_sum = torch.zeros((), device=device)  # stays on the device: reading it at every step would wait for the GPU
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", unit_scale=args.batch, unit="clip", leave=False,
                    disable=rank > 0)
-        failures = []
+        failures = set()
         for batch, labels, failed in bar:
-            failures += failed
+            failures.update(failed)
             if batch is None or len(failures) > min(most, max(20, most / world)):  # 20: a small share may have them by chance
                 raise log_failures(args, failures)
             torch.manual_seed(hash((args.seed, step, rank)))  # dropout depends on the step, not on what came before
@@ -224,25 +225,26 @@ def main(argv=None):
         seconds = time.perf_counter() - start
         if world > 1:
             dist.all_reduce(loss_sum)
-            failures = gather(failures)
+            failures = set(gather(list(failures)))
         if len(failures) > most:
             raise log_failures(args, failures) if rank == 0 else SystemExit(1)
         if not math.isfinite(loss_sum.item()):
             raise SystemExit(f"train.py: the loss of epoch {epoch + 1} is not finite, so it is not saved; try a lower --lr, or"
                              " --clip-grad 1")
-        result = summarise(predict(model, test_clips, device, dtype, micro, args.workers, "validating"))
+        rows = predict(model, test_clips, device, dtype, micro, args.workers, "validating")
+        result = summarise(rows)
 
         if rank == 0:
             line = dict(epoch=epoch + 1, lr=lr, train_loss=loss_sum.item() / len(order) / world,
                         val_top1=result["top1"], val_top5=result["top5"],
                         clips_per_second=round(len(order) * args.batch / seconds, 2),
-                        seconds=round(time.perf_counter() - start, 2), failed=len(failures))
-            log_failures(args, failures)
+                        seconds=round(time.perf_counter() - start, 2), failed=len(failures), val_failed=result["failed"])
+            log_failures(args, failures | {error for *_, error in rows if error})
             with open(os.path.join(args.out, "log.jsonl"), "a") as log:
                 log.write(json.dumps(line) + "\n")
             say(f"epoch {epoch + 1:3d}   loss {line['train_loss']:.3f}   top-1 {100 * result['top1']:.2f} %"
                 f"   top-5 {100 * result['top5']:.2f} %   {line['clips_per_second']:.1f} clips/s   {line['seconds']:.0f} s"
-                + (f"   {len(failures)} videos unreadable, see failed.txt" if failures else ""))
+                + f"   {len(failures)} + {result['failed']} unreadable, see failed.txt" * bool(failures or result["failed"]))
             if result["top1"] > best:
                 best = result["top1"]
                 models.save_checkpoint(os.path.join(args.out, "best.pt"), model, run)
@@ -313,12 +315,12 @@ def log_failures(args, failures):
     """Add the messages that failed.txt does not have yet; returns how the run ends if they are too many."""
     path = os.path.join(args.out, "failed.txt")
     known = open(path, errors="surrogateescape").read().splitlines() if os.path.exists(path) else []
-    new = [failure for failure in dict.fromkeys(failures) if failure not in known]
+    new = sorted(failures.difference(known))
     if new:
         with open(path, "a", errors="surrogateescape") as file:  # a path may hold any bytes
             file.writelines(f"{failure}\n" for failure in new)
-    return SystemExit(f"train.py: {len(failures)} videos could not be read in an epoch, more than 5 % of them; the last:"
-                      f" {(failures or [None])[-1]} (all in {path})")
+    return SystemExit(f"train.py: {len(failures)} training videos could not be read, more than 5 % of them (listed in {path}):"
+                      f" {', '.join(new[:1])}")
 
 def parameter_groups(model, weight_decay):
     """Weight decay for matrices; none for biases, norms, tokens and position embeddings."""
