@@ -79,11 +79,12 @@ def video_packets(container, path):
     codec = stream.codec_context
     codec.thread_type, codec.thread_count = "SLICE", 1  # workers are the parallelism
     codec.options = {"max_pixels": str(MAX_PIXELS)}
+    if codec.width * codec.height > MAX_PIXELS:
+        raise VideoError(f"{path} has frames of {codec.width}x{codec.height}, which is more than {MAX_PIXELS:,} pixels")
     packets, size = [], 0
     for packet in container.demux(stream):
-        if packet.size:
-            packets.append(packet)
-            size += packet.size
+        packets += [packet] * (packet.size > 0)
+        size += packet.size
         if len(packets) > MAX_PACKETS or size > MAX_BYTES:
             raise VideoError(f"{path} has more than {MAX_PACKETS:,} packets or {MAX_BYTES >> 20} MiB: cut it into clips first")
     return stream, packets
@@ -543,7 +544,7 @@ def main(argv=None):
             file.write("problem,video or class,details\n")
             return check(videos, args, csv.writer(file))
     except (DataError, OSError, KeyboardInterrupt, concurrent.futures.BrokenExecutor) as error:
-        raise SystemExit(f"data.py: {error or 'stopped'}")
+        raise SystemExit(f"data.py: {str(error) or 'stopped'}")
 
 if __name__ == "__main__":
     raise SystemExit(main())
