@@ -1,6 +1,6 @@
 """Video files to labelled clips of frames, uint8 from the decoder to the device: a quarter of the bytes of floats.
 
-    python data.py --data k400 --frames 32 --sampling dense      # makes a sample of every video: problems and speed
+    python data.py --data k400 --frames 32 --sampling dense      # makes a sample of every video: what is wrong, how fast
 """
 import argparse
 import bisect
@@ -52,7 +52,7 @@ def read_frames(path, indices):
             times = presentation_times(stream, packets)
             count = len(times) if times else sum(1 for _ in decode_all(stream, packets))
             numbers = [int(i) for i in (indices(count) if callable(indices) else indices)]
-            for i in numbers or [-1]:
+            for i in numbers or [-1]:  # none wanted, or none there: refused
                 if not 0 <= i < count:
                     raise VideoError(f"{path} has {count} frames, so no frame {i}")
             targets = [times[i] for i in numbers] if times else []
@@ -108,12 +108,12 @@ def needed_packets(packets, targets):
             need[keys[k] if k >= 0 else 0:place + 1] = True
     return need
 
-def in_time(packets):
+def in_time(steps):
     end = time.monotonic() + MAX_SECONDS
-    for packet in packets:
+    for step in steps:
         if time.monotonic() > end:
             raise ValueError(f"decoding it takes more than {MAX_SECONDS} seconds: cut it into clips first")
-        yield packet
+        yield step
 
 def decode_some(stream, packets, targets):
     """Decoded frames, the ones at `targets` among them, with as little decoding as they take. Ends early where a
@@ -223,7 +223,7 @@ OPERATIONS = [
 ]
 
 def rand_augment(clip):
-    """timm's rand-m7-n4-mstd0.5-inc1: 4 operations of probability 1/2 and strength 7 ± 0.5 of 10 (v2.RandAugment has neither)."""
+    """timm's rand-m7-n4-mstd0.5-inc1: 4 operations, each with probability 1/2, of strength 7 ± 0.5 in 10; neither is in v2's."""
     clip = clip.contiguous()
     for number, happens, direction in zip(torch.randint(len(OPERATIONS), (4,)), torch.randint(2, (4,)), torch.randint(2, (4,))):
         strength = (7 + 0.5 * torch.randn(())).clamp(0, 10).item() / 10
@@ -251,8 +251,8 @@ def folder_data(root):
                                                     for path in video_files(f"{root}/{split}/{name}")] for split in SPLITS})
 
 def list_data(root):
-    """ROOT/train.txt and ROOT/val.txt, a line a video: `path label` or `path,label`, the path in double quotes or not,
-    relative to ROOT. ROOT/classes.txt, if there, names the classes, a line each."""
+    """ROOT/train.txt and ROOT/val.txt, a line a video: `path label` or `path,label`, the path in double quotes or not, relative
+    to ROOT; labels from 0 without gaps. ROOT/classes.txt, if there, names the classes, a line each."""
     rows = {split: [] for split in SPLITS}
     for split in SPLITS:
         file = existing(root, f"{split}.txt")
@@ -261,9 +261,10 @@ def list_data(root):
             if line.strip() and not match:
                 raise DataError(f"{file}, line {number}: {line.strip()!r} is not `path label` or `path,label`, label a number")
             rows[split] += [(os.path.join(root, match[2]), int(match[3]))] if match else []
-    names, number = f"{root}/classes.txt", len({label for _, label in rows["train"]})
-    classes = annotations(root, lambda file: file.read().strip().splitlines(), "classes.txt") if os.path.exists(names) else None
-    videos = assemble(root, classes or [str(label) for label in range(number)], rows)
+    classes = [str(i) for i in range(len({label for _, label in rows["train"]}))]
+    if os.path.exists(f"{root}/classes.txt"):
+        classes = annotations(root, lambda file: [name.strip() for name in file.read().rstrip().split("\n")], "classes.txt")
+    videos = assemble(root, classes, rows)
     videos.missing.extend((split, path) for split in SPLITS for path, _ in getattr(videos, split) if not os.path.isfile(path))
     return videos
 
@@ -310,7 +311,7 @@ def annotations(root, parse, *names):
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             return parse(file)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error) as error:
         raise DataError(f"{path} is not as README.md's table of the benchmarks has it ({type(error).__name__}: {error})")
 
 def existing(root, *names):
@@ -321,7 +322,7 @@ def existing(root, *names):
     return next(filter(os.path.exists, paths))
 
 def video_files(folder):
-    """The sorted paths of the video files in a folder and in its folders. Dead links and names with a dot do not count."""
+    """The sorted paths of the video files in a folder and its folders, without dead links and names that begin with a dot."""
     entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."] if os.path.isdir(folder) else []
     files = [entry.path for entry in entries if entry.name.lower().endswith(VIDEO_SUFFIXES) and entry.is_file()]
     return sorted(files + [path for entry in entries if entry.is_dir() for path in video_files(entry.path)])
@@ -353,29 +354,29 @@ SOURCES = dict(
     stills=lambda root: drawn_data(root, (24600, 410), draw_still, STILL_CLASSES))
 
 def find_videos(data, root=None, split=None, whole=SPLITS):
-    """The lists of a data set; DataError unless those in `whole` have videos, all of them on the disk. split: HMDB51's."""
+    """The lists of a data set; DataError unless each in `whole` has videos, and (k400: four fifths of) them are on the disk."""
     root = root or os.path.join("data", data)
     if split and data != "hmdb51":
         raise DataError(f"--split chooses one of HMDB51's three; {data} has one")
     if data not in ("demo", "stills") and not os.path.isdir(root):
         raise DataError(f"the data folder {root} is not there; say with --root where the {data!r} data are")
     videos = SOURCES[data](root, split) if split else SOURCES[data](root)
-    for split in whole:
-        there, absent = getattr(videos, split), [path for s, path in videos.missing if s == split]
+    for part in whole:
+        there, absent = getattr(videos, part), [path for s, path in videos.missing if s == part]
         listed = len({path for path, _ in there} | set(absent))
         if len(absent) > (listed // 5 if data == "k400" else 0):  # every download of Kinetics lacks some; the others come whole
-            raise DataError(f"{len(absent)} of {listed} {split} videos are not there (data.py lists them), such as {absent[0]}")
+            raise DataError(f"{len(absent)} of {listed} {part} videos are not there (data.py lists them), such as {absent[0]}")
         if not there or len(videos.classes) < 2:
-            raise DataError(f"{root} has {len(there)} {split} videos and {len(videos.classes)} classes; it needs one and two")
+            raise DataError(f"{root} has {len(there)} {part} videos and {len(videos.classes)} classes, fewer than 1 and 2")
         empty = sorted(set(range(len(videos.classes))) - {label for _, label in there})
-        if empty and split == "train" and data != "diving48":  # of its 48 names the corrected labels (V2) need not use all
+        if empty and part == "train" and data != "diving48":  # of its 48 names the corrected labels (V2) need not use all
             raise DataError(f"{root} has no training video of the class {videos.classes[empty[0]]!r}")
     return videos
 
 # ---------------------------------------------------------------- training samples
 class Clips(Dataset):
     """Training clips of labelled videos: item (epoch, i) → (augmented clip (T, 3, S, S) uint8, label, messages). Another
-    video takes the place of one that cannot be read, and the message travels with it."""
+    video takes the place of one that cannot be read, and the message travels with it; after ten, the clip is None."""
     def __init__(self, samples, num_frames, size, sampling="dense", strides=(1,), augment="rand", flip=True, erasing=0.0, seed=0):
         self.samples, self.num_frames, self.size, self.sampling, self.strides = samples, num_frames, size, sampling, strides
         self.augment, self.seed, self.transform = augment, seed, training_transform(augment, size, flip, erasing)
@@ -504,7 +505,7 @@ def try_video(num_frames, sampling, path):
     return counts[0], None, read - start, time.perf_counter() - read
 
 def check(videos, args, table):
-    """Writes what is wrong with a data set to the table, as it is found, and prints a summary; 1 if it is serious, or 0."""
+    """Writes what is wrong with a data set to the table, as it is found, and prints a summary; 0 if all is well but short."""
     kinds, seconds = Counter(), []
     report = lambda kind, what, details="": (table.writerow((kind, what, details)), kinds.update([kind]))
     for split in SPLITS:
@@ -512,16 +513,15 @@ def check(videos, args, table):
             report("missing", path, split)
         for label in sorted(set(range(len(videos.classes))) - {label for _, label in getattr(videos, split)}):
             report(f"no {split} video", videos.classes[label])
-    if len(videos.classes) != CLASSES.get(args.data, len(videos.classes)):
+    if args.data in CLASSES and len(videos.classes) != CLASSES[args.data]:
         report("number of classes", len(videos.classes), f"{args.data} has {CLASSES[args.data]}")
     paths = sorted({path for path, _ in videos.train + videos.val} - {path for _, path in videos.missing})
     paths = [paths[i] for i in sorted(np.random.default_rng(0).permutation(len(paths))[:max(0, args.limit)])]
-    for path, (count, error, *times) in zip(paths, in_parallel(partial(try_video, args.frames, args.sampling), paths, "reading")):
-        if error or count < args.frames:
+    for (count, error, *times), path in zip(in_parallel(partial(try_video, args.frames, args.sampling), paths, "reading"), paths):
+        if error or count < (args.frames if args.sampling == "uniform" else 4 * args.frames - 3):
             report("unreadable" if error else "short", path, error or f"{count} frames")
         seconds += [] if error else [times]
-    found = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
-    print(f"{len(paths)} videos read; problems (problems-{args.data}.csv): {found or 'none'}")
+    print(f"{len(paths)} read; problems-{args.data}.csv: {', '.join(f'{n} x {kind}' for kind, n in kinds.items()) or 'none'}")
     if seconds:
         read, made = 1000 * np.mean(seconds, axis=0)
         print(f"a sample of {args.frames} frames: {read:.1f} ms reading + {made:.1f} ms augmenting;"
@@ -542,7 +542,7 @@ def main(argv=None):
         print(f"{len(videos.train)} training and {len(videos.val)} validation videos, {len(videos.classes)} classes")
         with open(f"problems-{args.data}.csv", "w", newline="", errors="surrogateescape") as file:
             file.write("problem,video or class,details\n")
-            return check(videos, args, csv.writer(file))
+            return check(videos, args, csv.writer(file, lineterminator="\n"))
     except (DataError, OSError, KeyboardInterrupt, concurrent.futures.BrokenExecutor) as error:
         raise SystemExit(f"data.py: {str(error) or 'stopped'}")
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from concurrent.futures import BrokenExecutor
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def in_turn(work):
         if mine and refusal is None:
             try:
                 result = work()
-            except (models.ModelError, data.DataError, OSError) as error:
+            except (models.ModelError, data.DataError, OSError, BrokenExecutor) as error:
                 refusal = str(error)
         if world > 1:
             refusal = next(filter(None, gather([refusal])), None)
@@ -183,7 +184,7 @@ def show_videos(rows, clips, names):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Accuracy of a checkpoint over all views, or what is in a video.")
     parser.add_argument("checkpoint")
-    parser.add_argument("video", nargs="*", help="classify these files instead of evaluating a data set")
+    parser.add_argument("video", nargs="*", default=[], help="classify these files instead of evaluating a data set")
     parser.add_argument("--data", choices=data.SOURCES, help="data set (default: the one it was trained on)")
     parser.add_argument("--root", help="folder of the data (default: the one it was trained on)")
     parser.add_argument("--split", type=int, choices=(1, 2, 3), help="HMDB51's (default: the one it was trained on)")

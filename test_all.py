@@ -1232,23 +1232,23 @@ def test_data_as_a_script(micro, tmp_path, monkeypatch, capsys):
     shutil.copytree(micro, tmp_path / "set")
     monkeypatch.chdir(tmp_path)
     table = lambda name: list(csv.reader(open(f"problems-{name}.csv", errors="surrogateescape")))
-    assert data.main(["--data", "folder", "--root", "set", "--frames", "32", "--sampling", "dense"]) == 0
+    assert data.main(["--data", "folder", "--root", "set", "--frames", "8", "--sampling", "dense"]) == 0
     out = capsys.readouterr().out
     assert "16 training and 8 validation videos, 8 classes" in out and "samples/s per worker" in out
-    assert "24 videos read; problems (problems-folder.csv): 24 x short" in out
+    assert "24 read; problems-folder.csv: 24 x short" in out
     assert len(table("folder")) == 25 and all(row[0] == "short" and row[2] == "16 frames" for row in table("folder")[1:])
     shutil.rmtree("set/val/up_vertical")
     bad, gone = [os.path.join("set/train/up_vertical", f) for f in os.listdir("set/train/up_vertical")]
     os.rename(bad, bad := os.fsdecode(b"set/train/up_vertical/caf\xe9.mp4"))
     open(bad, "w").close()
     assert data.main(["--data", "folder", "--root", "set"]) == 1
-    assert "23 videos read; problems (problems-folder.csv): 1 x no val video, 1 x unreadable" in capsys.readouterr().out
+    assert "23 read; problems-folder.csv: 1 x no val video, 1 x unreadable" in capsys.readouterr().out
     assert table("folder")[1] == ["no val video", "up_vertical", ""] and table("folder")[2][:2] == ["unreadable", bad] and len(table("folder")) == 3
     (tmp_path / "lists").mkdir()
     for split in data.SPLITS:
         (tmp_path / f"lists/{split}.txt").write_text(f"../{gone} 0\nnone.mp4 1\n")
     data.main(["--data", "list", "--root", "lists", "--limit", "5"])
-    assert "1 videos read; problems (problems-list.csv): 2 x missing" in capsys.readouterr().out
+    assert "1 read; problems-list.csv: 2 x missing" in capsys.readouterr().out
     benchmark("k400", tmp_path / "k400")
     assert data.main(["--data", "k400", "--root", "k400"]) == 1 and table("k400")[1:] == [["number of classes", "2", "k400 has 400"]]
     for options, words in ((["--root", "/no/where"], "/no/where is not there"), (["--data", "k400", "--root", "set"], "train.csv is not there, nor")):
@@ -1265,6 +1265,10 @@ def test_a_check_that_is_killed_says_so_and_keeps_what_it_found(micro, tmp_path,
     monkeypatch.setattr(data, "try_video", killed)
     with pytest.raises(SystemExit, match="data.py: .*terminated"):
         data.main(["--data", "folder", "--root", "set"])
+    monkeypatch.setattr(data, "draw_file", killed)
+    with pytest.raises(SystemExit, match="terminated"):
+        train.main(["--root", "drawn", "--out", "run"])
+    assert not os.path.exists("drawn/train")
     assert open("problems-folder.csv").read().split() == ["problem,video", "or", "class,details", "no", "val", "video,up_vertical,"]
 
 # ---------------------------------------------------------------- train.py and evaluate.py
@@ -1365,7 +1369,7 @@ def test_broken_training_videos_are_logged_once_and_too_many_stop_the_run(tmp_pa
     logged = open(tmp_path / "run/failed.txt", errors="surrogateescape").read().splitlines()
     assert len(logged) == 2 and all(any(bad in line for line in logged) for bad in (odd, path(20)))
     open(path(30), "w").close()
-    with pytest.raises(SystemExit, match="3 training videos could not be read, more than 5 %"):
+    with pytest.raises(SystemExit, match="3 training videos could not be read, and 5 %"):
         train.main(SMALL + ["--root", root, "--out", str(tmp_path / "two"), "--epochs", "1"])
     assert len(open(tmp_path / "two/failed.txt", errors="surrogateescape").readlines()) == 3
 
@@ -1442,6 +1446,9 @@ def test_a_run_is_not_overwritten_by_accident(micro, tmp_path, capsys):
     assert os.path.exists(f"{out}/last.pt") and os.path.exists(f"{out}/best.folder.json")
     train.main(one + ["--overwrite", "--seed", "1"])
     assert len(lines(out)) == 1 and os.path.exists(f"{out}/mine.txt") and not os.path.exists(f"{out}/best.folder.json")
+    shutil.copy(f"{out}/best.pt", f"{out}/last.pt")
+    with pytest.raises(SystemExit, match="weights only"):
+        train.main(one + ["--resume", "--seed", "1"])
     os.remove(f"{out}/last.pt")
     with pytest.raises(SystemExit, match="holds a run already"):
         train.main(one + ["--resume"])
