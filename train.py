@@ -227,6 +227,7 @@ def main(argv=None):
             dist.all_reduce(loss_sum)
             failures = set(gather(list(failures)))
         if len(failures) > most or not math.isfinite(loss_sum.item()):  # in all processes alike
+            del trained
             if world > 1:
                 dist.destroy_process_group()
             if rank == 0 and len(failures) > most:
@@ -254,6 +255,7 @@ def main(argv=None):
                 optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), scaler=scaler.state_dict(),
                 epoch=epoch + 1, best=best))
     say(f"best top-1 {100 * best:.2f} %; evaluate it with: python evaluate.py {os.path.join(args.out, 'best.pt')}")
+    del trained  # outliving the group, the wrapper can wait forever for a thread of gloo that waits for Python's lock
     if world > 1:
         dist.destroy_process_group()
 
