@@ -367,7 +367,7 @@ def find_videos(data, root=None, split=None, whole=SPLITS):
         if len(absent) > (listed // 5 if data == "k400" else 0):  # every download of Kinetics lacks some; the others come whole
             raise DataError(f"{len(absent)} of {listed} {part} videos are not there (data.py lists them), such as {absent[0]}")
         if not there or len(videos.classes) < 2:
-            raise DataError(f"{root} has {len(there)} {part} videos and {len(videos.classes)} classes, fewer than 1 and 2")
+            raise DataError(f"{root} has {len(there)} {part} videos and {len(videos.classes)} classes; it needs 1 and 2 at least")
         empty = sorted(set(range(len(videos.classes))) - {label for _, label in there})
         if empty and part == "train" and data != "diving48":  # of its 48 names the corrected labels (V2) need not use all
             raise DataError(f"{root} has no training video of the class {videos.classes[empty[0]]!r}")

@@ -227,7 +227,7 @@ def main(argv=None):
             dist.all_reduce(loss_sum)
             failures = set(gather(list(failures)))
         if len(failures) > most or not math.isfinite(loss_sum.item()):  # in all processes alike
-            del trained
+            del trained  # for the reason given at the end
             if world > 1:
                 dist.destroy_process_group()
             if rank == 0 and len(failures) > most:
