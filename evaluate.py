@@ -66,6 +66,13 @@ def autocast_type(name, device):
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
+def check_compiler(device):
+    """Compile something small now, so that a missing compiler is a sentence at the start."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as error:  # each backend raises its own kinds
+        raise models.ModelError(f"--compile does not work on this machine: {error}".splitlines()[0])
+
 class Views(Dataset):
     """All test views of labelled videos: item i → ((clips × crops, T, 3, S, S) uint8, label, i, None), from one decode of the
     video; or (None, label, i, message) of one that cannot be read, for which nothing is ever substituted."""
@@ -193,6 +200,7 @@ def main(argv=None):
     parser.add_argument("--pretrained", help="likewise, the file or tag of its weights")
     parser.add_argument("--batch", type=at_least(1), default=8, help="videos per process and step")
     parser.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="decoding processes")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     parser.add_argument("--limit", type=at_least(1), help="only the first N videos")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
@@ -221,7 +229,9 @@ def main(argv=None):
             samples, missing = videos.val[:args.limit], sum(split == "val" for split, _ in videos.missing)
         if args.predictions:
             open(args.predictions, "a").close()  # better now than after the evaluation
-        return dtype, model.to(device), run, samples, missing
+        if args.compile:
+            check_compiler(device)
+        return dtype, model.to(device).prepare(dtype, args.compile), run, samples, missing
 
     dtype, model, run, samples, missing = in_turn(set_up)
     views, names = args.views or tuple(run["views"]), run["classes"]

@@ -1,12 +1,12 @@
 """The video models: an image transformer, frozen, and the few weights that are trained around it.
 
     python model.py                              # parameters and GMACs of each method
+    python model.py --bench --batch 32           # and clips/s and memory, next to the plain image model
     python model.py --export RUN/last.pt DIR     # a run's image model, for --backbone local-dir:DIR
 """
 import argparse
 import difflib
 import hashlib
-import itertools
 import json
 import logging
 import mmap
@@ -18,9 +18,9 @@ import open_clip
 import safetensors.torch
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.checkpoint import checkpoint
 
-from adapters import DualPathBlock
+from adapters import PEERS, DualPathBlock, compare, count
 from grid import check_divides, frameset, position_code
 
 METHODS = ("dualpath", "linear", "full")
@@ -29,40 +29,37 @@ NO_TEXT = dict(width=8, heads=1, layers=1, context_length=8, vocab_size=16)  # o
 
 class ModelError(ValueError):
     """A model or a checkpoint cannot be had as asked; the message is one sentence for the user, on one line."""
-
     def __init__(self, message):
         super().__init__(message.splitlines()[0])
 
 # ---------------------------------------------------------------- the image model
 def load_image_model(backbone, pretrained, image_size=None):
-    """open_clip's image tower, which carries its own image_mean and image_std; raises ModelError, if possible before a
-    download. backbone: an open_clip name, 'tiny', or 'local-dir:DIR' and 'hf-hub:REPO', which bring their own weights.
-    pretrained: a tag, a file, or None for random weights."""
+    """open_clip's image tower; raises ModelError, if possible before a download. backbone: an open_clip name, 'tiny', or
+    'local-dir:DIR' and 'hf-hub:REPO', which bring their own weights. pretrained: a tag, a file, or None: random weights."""
     name = BACKBONES.get(backbone, backbone)
-    file = pretrained if pretrained is not None and ":" not in name and os.path.isfile(pretrained) else None
+    file = pretrained if ":" not in name and os.path.isfile(pretrained or "") else None
     check_backbone(name, None if file or ":" in name else pretrained)
     ours = file or pretrained is None  # then open_clip only has to build the image tower
     options = dict(load_weights=False, text_cfg=NO_TEXT) if ours else dict(pretrained=pretrained, require_pretrained=True)
     try:
-        clip = create_clip(name, force_image_size=image_size, **options)
-    except Exception as error:  # "no network" alone has dozens of exception types
+        clip = create_clip(name, image_size, **options)
+    except Exception as error:  # "no network" alone has dozens of types
         hint = " (without a network, download the weights elsewhere and pass the file as --pretrained PATH)"
         raise ModelError(f"cannot load the image model {backbone!r}{hint * (not ours and ':' not in name)}: {error}")
     if file:
         load_tower(clip, file, backbone, image_size)
     return clip.visual
 
-def create_clip(name, **options):
+def create_clip(name, image_size=None, **options):
     """open_clip.create_model without its log lines; what matters in them is checked here, not logged."""
     logging.disable(logging.ERROR)
     try:
-        return open_clip.create_model(name, device=torch.get_default_device(), **options)
+        return open_clip.create_model(name, device=torch.get_default_device(), force_image_size=image_size, **options)
     finally:
         logging.disable(logging.NOTSET)
 
 def check_backbone(name, tag):
-    """Refuse what is not a ViT with a class token, and weights that were trained with another activation: there
-    open_clip only warns, and the features are quietly worse."""
+    """Refuse what is no ViT with a class token, and weights trained with another activation, where open_clip only warns."""
     try:
         config = open_clip.get_model_config(name)
     except Exception as error:  # no such folder, not JSON, no network for hf-hub:
@@ -71,10 +68,10 @@ def check_backbone(name, tag):
         near = difflib.get_close_matches(name, open_clip.list_models() + list(BACKBONES), n=3, cutoff=0.4)
         raise ModelError(f"open_clip has no model {name!r}; near: {', '.join(near) or 'none, see open_clip.list_models()'}")
     vision, quick = config.get("vision_cfg", {}), config.get("quick_gelu", False)
-    if ("timm_model_name" in vision or isinstance(vision.get("layers"), list)
-            or vision.get("attentional_pool") or vision.get("pool_type", "tok") != "tok"):
-        raise ModelError(f"backbone {name!r} has no class token to read (it is convolutional, comes from timm, or pools by"
-                         " attention or averaging): take a native open_clip ViT, such as ViT-B-16-quickgelu")
+    convolutional = "timm_model_name" in vision or isinstance(vision.get("layers"), list)
+    if convolutional or vision.get("attentional_pool") or vision.get("pool_type", "tok") != "tok":
+        raise ModelError(f"backbone {name!r} has no class token to read (it is convolutional, comes from timm, or pools all"
+                         " tokens): take a native open_clip ViT, such as ViT-B-16-quickgelu")
     tags = open_clip.list_pretrained_tags_by_model(name)
     other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
     tag_quick = open_clip.get_pretrained_cfg(name, tag or "").get("quick_gelu", False)
@@ -86,11 +83,9 @@ def check_backbone(name, tag):
 
 def load_tower(clip, path, backbone, image_size):
     """Fill clip.visual from a file that holds a whole CLIP or an image tower; every key must match."""
-    try:
-        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            state = torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's own archives are TorchScript
-        else:
-            state = open_clip.factory.load_state_dict(path)
+    try:  # OpenAI's own archives are TorchScript
+        script = zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist())
+        state = torch.jit.load(path, map_location="cpu").state_dict() if script else open_clip.factory.load_state_dict(path)
     except Exception as error:  # zip, pickle, json and C++ readers each raise their own kinds
         raise ModelError(f"cannot read weights from {path}: {error}")
     prefix = "" if any(k.startswith("visual.") for k in state) else "visual."
@@ -100,9 +95,8 @@ def load_tower(clip, path, backbone, image_size):
     state = {k.removeprefix("visual."): v.float() for k, v in state.items() if k.startswith("visual.")}
     load_strictly(clip.visual, clip.visual.state_dict(), state, f"{path} does not fit {backbone}")
     if os.environ.get("RANK", "0") == "0":  # once, not once per process
-        activation = type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__
-        print(f"note: {path} cannot tell its activation, {backbone} uses {activation}; OpenAI's, dfn2b's and metaclip's"
-              " weights want a -quickgelu backbone", file=sys.stderr)
+        print(f"note: {path} cannot tell its activation, {backbone} uses {clip.visual.transformer.resblocks[0].mlp.gelu};"
+              " OpenAI's, dfn2b's and metaclip's weights want a -quickgelu backbone", file=sys.stderr)
 
 def load_strictly(module, own, state, what):
     """Copy `state` over `own`, a part of module's state; a missing, surplus or misshapen tensor is a ModelError."""
@@ -115,17 +109,17 @@ def load_strictly(module, own, state, what):
 
 # ---------------------------------------------------------------- the video models
 class FrameModel(nn.Module):
-    """T_s frames, each an ordinary image; their class features averaged; one linear layer on them.
-
-    `linear` trains that layer alone, `full` everything; the order of the frames plays no part. visual is the image
-    model under open_clip's own names; whatever else a model has is new, and trained."""
+    """T_s frames, each an ordinary image; their class features averaged; one linear layer on them. `linear` trains that layer
+    alone, `full` everything; the order of the frames plays no part. visual is the image model under open_clip's own names;
+    whatever else a model has is new, and trained."""
 
     def __init__(self, visual, num_classes, num_frames, spatial_frames, full=False):
         super().__init__()
         check_divides("the number of frames", num_frames, spatial_frames)
         check_divides("the image size", visual.image_size[0], visual.patch_size[0])
         self.visual = visual.requires_grad_(full)
-        self.num_frames, self.spatial_frames = num_frames, spatial_frames
+        self.num_frames, self.spatial_frames, self.images = num_frames, spatial_frames, spatial_frames  # images a clip costs
+        self.checkpoint_activations = False
         for name, value in (("mean", visual.image_mean), ("std", visual.image_std)):
             self.register_buffer(name, 255 * torch.tensor(value).view(3, 1, 1), persistent=False)
         self.head = nn.Linear(visual.output_dim, num_classes)
@@ -146,14 +140,28 @@ class FrameModel(nn.Module):
         frames = video[:, ::self.num_frames // self.spatial_frames].flatten(0, 1).float()  # (B·T_s, 3, H, W)
         x = self.tokens(self.patches(frames), self.visual.class_embedding, self.visual.positional_embedding[None])
         for block in self.visual.transformer.resblocks:
-            x = block(x)
+            x = self.run(block, x)
         return self.class_feature(x, video.shape[0]), None
 
+    def run(self, block, *inputs):
+        """block(*inputs); with checkpoint_activations only the inputs are kept for backward, and the rest is computed again."""
+        again = self.checkpoint_activations and torch.is_grad_enabled()
+        return checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+
+    def prepare(self, dtype=None, compile=False, checkpoint_activations=False):
+        """Make ready for long work under autocast to dtype: holds the frozen weights in that type, which autocast would cast
+        anew at every call, and compiles the blocks (one compilation serves all of them, and a second all batch sizes)."""
+        for p in self.visual.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(dtype or p.dtype)
+        for block in getattr(self, "blocks", self.visual.transformer.resblocks) if compile else ():
+            block.compile()
+        self.checkpoint_activations = checkpoint_activations
+        return self
+
     def check(self, video):
-        want = (self.num_frames, 3, *self.visual.image_size)
-        if video.ndim != 5 or video.shape[1:] != want or video.dtype != torch.uint8:
-            raise ValueError(f"the model takes uint8 video of shape (batch, {', '.join(map(str, want))}), not {video.dtype}"
-                             f" of shape {tuple(video.shape)}")
+        want, shape = (self.num_frames, 3, *self.visual.image_size), tuple(video.shape)
+        if len(shape) != 5 or shape[1:] != want or video.dtype != torch.uint8:
+            raise ValueError(f"the model takes uint8 video of shape (batch, {str(want)[1:]}, not {video.dtype} of shape {shape}")
 
     def patches(self, images):
         """(N, 3, H, W), values 0…255 → patch embeddings (N, P, d), no positions yet."""
@@ -170,16 +178,14 @@ class FrameModel(nn.Module):
         return (self.visual.ln_post(tokens[:, 0]) @ self.visual.proj).unflatten(0, (batch, -1)).mean(dim=1)
 
 class DualPath(FrameModel):
-    """Two paths through one frozen image model (section 3 of the paper).
+    """Two paths through one frozen image model (section 3 of the paper). Trained: the adapters (blocks), the head, both class
+    tokens and p^SP. A path that is switched off is not built: it has no images, and its feature is None."""
 
-    Trained: the adapters (blocks), the head, both class tokens and p^SP. A path that is switched off is not
-    built: it has no images, and its feature is None."""
-
-    def __init__(self, visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, **adapters):
+    def __init__(self, visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, *adapters):
         super().__init__(visual, num_classes, num_frames, spatial_frames)
         (H, W), d, d_out = visual.image_size, visual.class_embedding.shape[0], visual.output_dim
         self.rows, self.cols, self.spatial, self.temporal = rows, cols, paths != "temporal", paths != "spatial"
-        self.blocks = nn.ModuleList(DualPathBlock(d, paths=paths, **adapters) for _ in visual.transformer.resblocks)
+        self.blocks = nn.ModuleList(DualPathBlock(d, *adapters, paths=paths) for _ in visual.transformer.resblocks)
         visual.class_embedding.requires_grad_(self.spatial)
         visual.positional_embedding.requires_grad_(self.spatial)
         if self.temporal:
@@ -189,6 +195,7 @@ class DualPath(FrameModel):
             code = position_scale * position_code(num_frames // (rows * cols), H, W, visual.patch_size[0], d, rows, cols)
             code = nn.functional.pad(code.to(visual.proj.device), (0, 0, 1, 0))  # the class token's code is zero
             self.register_buffer("temporal_position", code, persistent=False)  # p^TP (T_G, 1 + P, d)
+        self.images = spatial_frames * self.spatial + num_frames // (rows * cols) * self.temporal
         d_in = d_out * (self.spatial + self.temporal)  # [y^TP ; y^SP]
         self.head = nn.Sequential(nn.Linear(d_in, d_out), nn.GELU(), nn.Linear(d_out, num_classes))
 
@@ -207,16 +214,15 @@ class DualPath(FrameModel):
         if self.temporal:
             z = self.tokens(patches[-1], self.temporal_class_embedding, self.temporal_position)
         for block, adapted in zip(v.transformer.resblocks, self.blocks):
-            x, z = adapted(block, x, z)
+            x, z = self.run(adapted, block, x, z)
         return self.class_feature(x, B) if self.spatial else None, self.class_feature(z, B) if self.temporal else None
 
 def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu", pretrained="openai",
                 num_frames=32, spatial_frames=8, image_size=None, rows=4, cols=4, bottleneck=128, dropout=0.1,
                 pre_attention_adapter=False, serial_skip=False, paths="both", position_scale=1.0):
-    """A video classifier around a frozen image model: forward((B, T, 3, H, W) uint8) → (B, num_classes).
-
+    """A video classifier around a frozen image model: forward((B, T, 3, H, W) uint8) → (B, num_classes). Raises ModelError.
     image_size: None for the image model's own; else its position embedding is interpolated. rows, cols: the
-    frameset's. position_scale: amplitude of p^TP. The rest is explained in adapters.py. Raises ModelError."""
+    frameset's. position_scale: amplitude of p^TP. The rest is explained in adapters.py."""
     config = dict(locals())
     if method not in METHODS:
         raise ModelError(f"there is no method {method!r}; the methods are {', '.join(METHODS)}")
@@ -225,8 +231,8 @@ def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu
     visual = load_image_model(backbone, pretrained, image_size)
     try:
         if method == "dualpath":
-            adapters = {k: config[k] for k in ("bottleneck", "dropout", "pre_attention_adapter", "serial_skip", "paths")}
-            model = DualPath(visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, **adapters)
+            model = DualPath(visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, bottleneck,
+                             dropout, pre_attention_adapter, serial_skip)
         else:
             model = FrameModel(visual, num_classes, num_frames, spatial_frames, full=method == "full")
     except ValueError as error:
@@ -242,9 +248,9 @@ def fingerprint(model):
     """SHA-256 of the frozen weights as loaded, but for a position embedding that was interpolated to another image size:
     the last bits of that differ between processors."""
     digest = hashlib.sha256()
+    interpolated = "positional_embedding" if model.config["image_size"] is not None else None
     for name, p in model.visual.named_parameters():
-        interpolated = name == "positional_embedding" and model.config["image_size"] is not None
-        if not (p.requires_grad or p.is_meta or interpolated):
+        if not (p.requires_grad or p.is_meta or name == interpolated):
             digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -257,9 +263,9 @@ def saved_weights(model):
 def save_checkpoint(path, model, run, training=None):
     """Write what was trained, and what rebuilds the model around it, atomically, with a SHA-256 over all. run: plain
     values that describe data and recipe, class names among them; training: what resuming needs, or None."""
-    versions = dict(torch=str(torch.__version__), open_clip=open_clip.__version__)
-    torch.save(dict(format=1, model=model.config, weights=saved_weights(model), fingerprint=model.fingerprint, run=run,
-                    training=training, versions=versions), f"{path}.tmp")
+    content = dict(format=1, model=model.config, weights=saved_weights(model), fingerprint=model.fingerprint, run=run,
+                   training=training, versions=dict(torch=str(torch.__version__), open_clip=open_clip.__version__))
+    torch.save(content, f"{path}.tmp")
     with open(f"{path}.tmp", "rb+") as file:
         file.write(MARK + hashlib.file_digest(file, "sha256").hexdigest().encode())
         file.flush()
@@ -287,8 +293,8 @@ def load_weights(model, content, path, head=True):
     """Copy a checkpoint's weights, or all but its head's, into a model that was built alike; raises ModelError."""
     theirs = content["model"]
     if theirs["pretrained"] is not None and model.fingerprint != content["fingerprint"]:
-        raise ModelError(f"{path} was trained around other frozen weights than those of {model.config['backbone']!r}:"
-                         f" it wants {theirs['backbone']!r} with weights {theirs['pretrained']!r}")
+        raise ModelError(f"{path} was trained around other frozen weights than {model.config['backbone']!r} has: it wants"
+                         f" {theirs['backbone']!r} with weights {theirs['pretrained']!r}")
     chosen = lambda weights: {k: v for k, v in weights.items() if head or not k.startswith("head.")}
     load_strictly(model, chosen(saved_weights(model)), chosen(content["weights"]), f"{path} does not fit the model")
 
@@ -308,49 +314,65 @@ def export_image_model(model, folder):
     name, visual = BACKBONES.get(model.config["backbone"], model.config["backbone"]), model.visual
     config = dict(open_clip.get_model_config(name), text_cfg=NO_TEXT)
     config["vision_cfg"]["image_size"] = visual.image_size[0]
-    clip = create_clip(name, load_weights=False, text_cfg=NO_TEXT, force_image_size=visual.image_size[0])
-    for p in clip.parameters():
-        nn.init.zeros_(p)  # the text tower's: nobody uses them
-    clip.visual.load_state_dict(visual.state_dict())
+    clip = create_clip(name, visual.image_size[0], load_weights=False, text_cfg=NO_TEXT)
+    clip.visual = visual
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "open_clip_config.json"), "w") as file:
         json.dump(dict(model_cfg=config, preprocess_cfg=dict(mean=visual.image_mean, std=visual.image_std)), file, indent=1)
     safetensors.torch.save_file(clip.state_dict(), os.path.join(folder, "open_clip_model.safetensors"))
 
 # ---------------------------------------------------------------- the report
-def count_parameters(model):
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
-
-def count_gmacs(model):
-    """10⁹ multiply-accumulates of one clip's forward, counted with gradients on: CPU inference hides its attention's."""
-    video = torch.zeros(1, model.num_frames, 3, *model.visual.image_size, dtype=torch.uint8, device=model.mean.device)
-    with FlopCounterMode(display=False) as counter, torch.enable_grad():
-        model(video)
-    return counter.get_total_flops() / 2e9
-
-def report(backbones, frames):
-    print(f"{'backbone':20s} {'method':16s} {'T':>3s} {'all M':>8s} {'tuned M':>8s} {'GMACs/view':>10s}")
-    rows = [("dualpath", T, {}) for T in frames] + [("dualpath", frames[-1], dict(pre_attention_adapter=True))]
-    rows += [(method, frames[0], {}) for method in METHODS if method != "dualpath"]
-    for backbone, (method, T, options) in itertools.product(backbones, rows):
-        with torch.device("meta"):  # shapes without memory: counting needs no weights
-            model = build_model(method, 400, backbone, None, num_frames=T, **options)
-            (tuned, everything), gmacs = count_parameters(model), count_gmacs(model)
-        method += " + A_t0" * bool(options)
-        print(f"{backbone:20s} {method:16s} {T:3d} {everything / 1e6:8.2f} {tuned / 1e6:8.2f} {gmacs:10.1f}")
+def report(args):
+    """Prints a row per model; with args.bench also what adapters.compare measures, and `use`: the rate of the training step's
+    necessary products (forward, activations' gradients; for full also weights') over the device's own."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    variants = [("dualpath", T, {}) for T in args.frames] + [("dualpath", args.frames[-1], dict(pre_attention_adapter=True))]
+    variants = [v for v in variants + [(m, args.frames[0], {}) for m in METHODS[1:]] if v[0] in args.method]
+    table = []
+    for backbone in args.backbone:
+        rows, models = [], []
+        for method, T, options in variants:
+            with torch.device("meta"):  # shapes without memory: counting needs no weights
+                model = build_model(method, 400, backbone, None, num_frames=T, **options)
+                rows.append({"backbone": backbone, "method": method + "+A_t0" * bool(options), "T": T} | count(model))
+            if args.bench:
+                model = build_model(method, 400, backbone, None, num_frames=T, **options)
+                models.append(model.to(device).prepare(dtype, args.compile, args.checkpoint_activations))
+        if args.bench:
+            measured, rate = compare(models, load_image_model(backbone, None).to(device, dtype), args.batch, args.rounds)
+            for row, more in zip(rows, measured):
+                products = {"linear": 1, "full": 3}.get(row["method"], 2)
+                row |= more | {"use": round(products * row["GMACs/view"] * 1e9 * more["train/s"] / rate, 3)}
+            print(f"{backbone}: {args.batch} clips on {torch.cuda.get_device_name() if device == 'cuda' else 'the CPU'}, {dtype},"
+                  f" torch {torch.__version__}; a large product runs at {2e-12 * rate:.3g} TFLOP/s")
+        table += rows
+    cells = [[str(cell) for cell in line] for line in [table[0], *(row.values() for row in table)]]
+    lines = ["  ".join(cell.rjust(max(map(len, column))) for cell, column in zip(line, zip(*cells))) for line in cells]
+    print(*lines, "", PEERS, sep="\n")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(table, file, indent=1)
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Parameters and multiply-accumulates of each method.")
-    parser.add_argument("--backbone", nargs="+", default=["ViT-B-16-quickgelu", "ViT-L-14-quickgelu"], help="open_clip names")
-    parser.add_argument("--frames", nargs="+", type=int, default=[16, 32, 48], help="frames per clip, T")
-    parser.add_argument("--export", nargs=2, metavar=("CKPT", "DIR"), help="write a checkpoint's image model to a folder")
+    parser = argparse.ArgumentParser(description="Parameters, multiply-accumulates and speed of each method.")
+    add = parser.add_argument
+    add("--backbone", nargs="+", default=["ViT-B-16-quickgelu", "ViT-L-14-quickgelu"], help="open_clip names")
+    add("--method", nargs="+", choices=METHODS, default=METHODS)
+    add("--frames", nargs="+", type=int, default=[16, 32, 48], help="frames per clip, T")
+    add("--json", metavar="FILE", help="write the table to a file, too")
+    add("--bench", action="store_true", help="measure speed and memory, too")
+    add("--batch", type=int, default=1, help="clips per step, for --bench")
+    add("--rounds", type=int, default=5, help="in which all take turns, for --bench")
+    for option in ("--compile", "--checkpoint-activations"):
+        add(option, action="store_true", help="as in train.py, for --bench")
+    add("--export", nargs=2, metavar=("CKPT", "DIR"), help="write a checkpoint's image model to a folder")
     args = parser.parse_args(argv)
     try:
         if args.export:
             export_image_model(load_checkpoint(args.export[0])[0], args.export[1])
             print(f"wrote {args.export[1]}; use it with --backbone local-dir:{args.export[1]}")
         else:
-            report(args.backbone, args.frames)
+            report(args)
     except ModelError as error:
         raise SystemExit(f"model.py: {error}")
 

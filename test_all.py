@@ -306,13 +306,13 @@ def test_the_image_models_own_dropout_stays_off(tmp_path):
 def test_tuned_parameters_are_the_papers(backbone, classes, pre, tuned):
     with torch.device("meta"):
         model = models.build_model(backbone=backbone, pretrained=None, num_classes=classes, pre_attention_adapter=pre)
-    assert round(models.count_parameters(model)[0] / 1e6, 2) == tuned
+    assert adapters.count(model)["tuned M"] == tuned
 
 @pytest.mark.parametrize("frames, gmacs", [(16, 166), (32, 185), (48, 203)])
 def test_multiply_accumulates_grow_by_one_image_per_16_frames(frames, gmacs):
     with torch.device("meta"):
         model = models.build_model(pretrained=None, num_frames=frames)
-        assert models.count_gmacs(model) == pytest.approx(gmacs, rel=0.01)
+        assert adapters.count(model)["GMACs/view"] == pytest.approx(gmacs, rel=0.01)
 
 def test_the_reports(capsys):
     models.main(["--backbone", "tiny", "--frames", "16"])

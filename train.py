@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import data
 import model as models
-from evaluate import (Views, at_least, autocast_type, fingerprint, gather, in_turn, number, parse_views, predict,
-                      start_processes, summarise)
+from evaluate import (Views, at_least, autocast_type, check_compiler, fingerprint, gather, in_turn, number, parse_views,
+                      predict, start_processes, summarise)
 
 # What a data set needs beyond the defaults of the options. Names are those of the options. "Command" is a line in the authors'
 # release, "code" its defaults; batches are rounded to divide by 8 processes. Where the sampling is uniform it is the peers': the
@@ -106,6 +106,8 @@ def parse(argv):
     add("--lr", type=number(0), default=1e-3, help="base learning rate, per 256 clips")
     add("--weight-decay", type=number(0), default=0.05)
     add("--clip-grad", type=number(0), help="largest norm of the gradient (default no limit)")
+    add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--checkpoint-activations", action="store_true", help="a quarter of the memory, for a third more time")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="decoding processes, per training process")
     known, _ = parser.parse_known_args(argv)
@@ -144,7 +146,9 @@ def main(argv=None):
             if resumed["run"]["classes"] != videos.classes:
                 raise data.DataError(f"{args.root} has other classes than the run in {args.out} that it should continue")
             models.load_weights(model, resumed, args.out)
-        return dtype, videos, model.to(device), resumed
+        if args.compile:
+            check_compiler(device)
+        return dtype, videos, model.to(device).prepare(dtype, args.compile, args.checkpoint_activations), resumed
 
     dtype, videos, model, resumed = in_turn(set_up)
     training, validation = videos.train[:args.limit], videos.val[:args.limit]
@@ -174,13 +178,14 @@ def main(argv=None):
         scheduler.load_state_dict(resumed["training"]["scheduler"])
         scaler.load_state_dict(resumed["training"]["scaler"])
         best = resumed["training"]["best"]
-    trained = DistributedDataParallel(model) if world > 1 else model
+    trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
-    tuned, everything = models.count_parameters(model)
+    everything, tuned = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True))
     say(f"data      {args.data}: {len(training)} training and {len(validation)} validation videos,"
         f" {len(videos.classes)} classes" + (f"; {len(videos.missing)} listed ones are not there" if videos.missing else ""))
-    say(f"model     {args.method} around {args.backbone}: {tuned / 1e6:.2f} M of {everything / 1e6:.2f} M weights are trained")
-    say(f"clips     {args.frames} frames of {size} px, {args.sampling}")
+    say(f"model     {args.method} around {args.backbone}: {tuned / 1e6:.2f} M of {everything / 1e6:.2f} M weights are trained"
+        + f"; a step exchanges {4e-6 * tuned:.1f} MB of gradients" * (world > 1))
+    say(f"clips     {args.frames} frames of {size} px, {args.sampling}; the cost of {model.images} images")
     say(f"training  {args.epochs} epochs of {len(order)} steps of {args.batch} clips, on {world} x {device.type},"
         f" {str(dtype or torch.float32).removeprefix('torch.')}; learning rate {args.lr:g} x {args.batch}/256 = {lr:g}")
     say(f"writes    {args.out}" + (f", resumed after epoch {first_epoch}" if resumed else ""))
@@ -288,7 +293,7 @@ def find_run(args):
     last, best, log = (os.path.join(args.out, name) for name in ("last.pt", "best.pt", "log.jsonl"))
     if args.resume and os.path.exists(last):
         content = models.read_checkpoint(last)
-        free = ("out", "root", "init", "resume", "overwrite", "workers", "micro_batch")
+        free = ("out", "root", "init", "resume", "overwrite", "workers", "micro_batch", "compile", "checkpoint_activations")
         was = content["run"]
         differ = [f"--{k.replace('_', '-')} {v} (was {was.get(k)})" for k, v in vars(args).items()
                   if k not in free and was.get(k) != v]
