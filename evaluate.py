@@ -124,12 +124,14 @@ def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evalua
         videos = [video for video in videos if video[0] is not None]
         if not videos:
             continue
-        views = torch.stack([video[0] for video in videos]).to(device, non_blocking=True)  # (B, views, T, 3, H, W)
+        views = torch.stack([video[0].to(device, non_blocking=True) for video in videos])  # (B, views, T, 3, H, W)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = model(views.flatten(0, 1))
         scores = logits.float().softmax(-1).unflatten(0, views.shape[:2]).mean(1)  # (B, classes)
         scores, classes = scores.topk(min(5, scores.shape[1]))
-        rows += [(index, label, c, s, None) for (_, label, index, _), c, s in zip(videos, classes.tolist(), scores.tolist())]
+        rows += [(index, label, c, s, None) for (_, label, index, _), c, s in zip(videos, classes, scores)]
+    # Read from the device only now: every read waits for it.
+    rows = [(index, label, torch.as_tensor(c).tolist(), torch.as_tensor(s).tolist(), error) for index, label, c, s, error in rows]
     model.train(was_training)
     return sorted(gather(rows) if world > 1 else rows)
 

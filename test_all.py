@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 
 import adapters
@@ -200,6 +201,80 @@ def test_block_of_one_path_is_that_path_of_both(paths):
         assert len(g) == 0 or torch.allclose(g, w)
     assert sorted(map(len, got)) == sorted([0, 4 if paths == "spatial" else 2])
 
+@pytest.mark.parametrize("kind", ["gelu", "quick", "layer scale", "custom", "inner norm"])
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_parts_give_what_open_clips_modules_give(kind, training):
+    from open_clip.transformer import CustomResidualAttentionBlock, LayerNormFp32, QuickGELU, ResidualAttentionBlock
+    block = {"gelu": lambda: ResidualAttentionBlock(24, 3), "quick": lambda: ResidualAttentionBlock(24, 3, act_layer=QuickGELU),
+             "layer scale": lambda: ResidualAttentionBlock(24, 3, ls_init_value=0.5, act_layer=QuickGELU),
+             "custom": lambda: CustomResidualAttentionBlock(24, 3, scale_attn=True, act_layer=QuickGELU),
+             "inner norm": lambda: CustomResidualAttentionBlock(24, 3, scale_fc=True, act_layer=QuickGELU)}[kind]()
+    block = randomise(block).double().requires_grad_(False).eval()
+    attention = getattr(block, "attention", None) or (lambda x: block.ln_attn(block.attn(x)))
+    x = torch.randn(4, 5, 24, dtype=torch.float64, requires_grad=training)
+    for ours, theirs in ((lambda: adapters.MHA(block, x), lambda: block.ls_1(attention(x))),
+                         (lambda: adapters.MLP(block, x), lambda: block.ls_2(block.mlp(x))),
+                         (lambda: adapters.LN(block.ln_1, x), lambda: block.ln_1(x))):
+        with torch.set_grad_enabled(training):
+            got, want = ours(), theirs()
+        torch.testing.assert_close(got, want)
+        if training:
+            weight = torch.randn_like(want)
+            torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, want)))
+
+def kept_for_backward(work):
+    """The storages that work() keeps for its backward, as {address: (bytes, dtype)}, without parameters."""
+    kept = {}
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter) and not (tensor._base is not None and isinstance(tensor._base, torch.nn.Parameter)):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor.dtype)
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = work()
+    return kept, result
+
+def test_a_training_step_keeps_little():
+    from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+    d, block = 96, randomise(ResidualAttentionBlock(96, 3, act_layer=QuickGELU)).requires_grad_(False)
+    adapted = adapters.DualPathBlock(d, 16)
+    x, z = torch.randn(16, 50, d, requires_grad=True), torch.randn(4, 50, d, requires_grad=True)
+    kept, _ = kept_for_backward(lambda: adapted(block, x, z))
+    # In units of all tokens: q, k, v, their attention, the MLP's hidden 4; x, z and what LN makes of x twice; inputs of A_t; and
+    # the adapters' own 2/6 of what they see, three times with dropout. Anything more is something that need not be kept.
+    assert sum(n for n, _ in kept.values()) / (20 * 50 * d * 4) <= 4 + 4 + 2 * (1 + 0.8 + 0.2) + 3 * 2 / 6 + 0.1
+
+# ---------------------------------------------------------------- adapters.py: what it costs
+
+def test_steps_take_turns_and_the_first_round_does_not_count(monkeypatch):
+    calls = []
+    steps = {"a": lambda: calls.append("a") or time.sleep(0.02 if len(calls) > 3 else 0.5), "b": lambda: calls.append("b"),
+             "c": lambda: calls.append("c")}
+    seconds = adapters.take_turns(steps, 4)
+    rounds = [calls[i:i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == 5 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert {k: len(v) for k, v in seconds.items()} == dict(a=4, b=4, c=4)
+    assert all(0.02 <= s < 0.4 for s in seconds["a"]) and max(seconds["b"]) < 0.02
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its peak of memory")
+def test_peak_memory_is_what_was_taken_at_once():
+    def work(at_once):
+        for _ in range(2):
+            held = [torch.ones(1 << 20) for _ in range(at_once)]  # 4 MiB each
+            del held
+    for at_once in (25, 50, 25):
+        assert adapters.peak_memory(lambda: work(at_once)) == pytest.approx(at_once * 2**22, rel=0.15)
+
+def test_the_benchmark_measures_next_to_the_plain_model(tmp_path, capsys):
+    models.main(["--backbone", "tiny", "--frames", "16", "32", "--bench", "--rounds", "1", "--json", str(tmp_path / "a.json")])
+    out, rows = capsys.readouterr().out, json.load(open(tmp_path / "a.json"))
+    assert [(r["method"], r["T"], r["images"]) for r in rows] == [
+        ("dualpath", 16, 9), ("dualpath", 32, 10), ("dualpath+A_t0", 32, 10), ("linear", 16, 8), ("full", 16, 8)]
+    assert all(str(row["train/plain"]) in out for row in rows) and "AIM" in out and rows[0]["growth"] == 1
+    for row in rows:
+        assert 0.2 < row["forward/plain"] < 10 and row["train/s"] < row["forward/s"]  and 0 < row["use"] < 2
+        assert row["GB/clip"] > 4e-3 * row["all M"]  # the weights themselves at least
+
 # ---------------------------------------------------------------- model.py: the video models
 
 @pytest.mark.parametrize("backbone", ["tiny", "random", "no ln_pre, layer scale"])
@@ -308,10 +383,12 @@ def test_tuned_parameters_are_the_papers(backbone, classes, pre, tuned):
         model = models.build_model(backbone=backbone, pretrained=None, num_classes=classes, pre_attention_adapter=pre)
     assert adapters.count(model)["tuned M"] == tuned
 
-@pytest.mark.parametrize("frames, gmacs", [(16, 166), (32, 185), (48, 203)])
-def test_multiply_accumulates_grow_by_one_image_per_16_frames(frames, gmacs):
+@pytest.mark.parametrize("backbone, frames, gmacs", [
+    ("ViT-B-16-quickgelu", 16, 166), ("ViT-B-16-quickgelu", 32, 185), ("ViT-B-16-quickgelu", 48, 203),
+    ("ViT-L-14-quickgelu", 16, 758), ("ViT-L-14-quickgelu", 32, 842), ("ViT-L-14-quickgelu", 48, 927)])
+def test_multiply_accumulates_grow_by_one_image_per_16_frames(backbone, frames, gmacs):
     with torch.device("meta"):
-        model = models.build_model(pretrained=None, num_frames=frames)
+        model = models.build_model(backbone=backbone, pretrained=None, num_frames=frames)
         assert adapters.count(model)["GMACs/view"] == pytest.approx(gmacs, rel=0.01)
 
 def test_the_reports(capsys):
@@ -319,6 +396,63 @@ def test_the_reports(capsys):
     assert "dualpath" in capsys.readouterr().out
     adapters.main()
     assert "9.48 M" in capsys.readouterr().out
+
+def loss_and_gradients(model, video, dtype=None):
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss = F.cross_entropy(model(video).float(), torch.arange(len(video)))
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, tuned)])
+
+@pytest.mark.parametrize("method", ["dualpath", "full"])
+def test_checkpointed_activations_change_nothing_but_what_is_kept(method):
+    model, video = randomise(models.build_model(**dict(TINY, method=method))), random_video()
+    kept, want = kept_for_backward(lambda: loss_and_gradients(model, video))
+    assert model.prepare(checkpoint_activations=True) is model
+    kept_less, got = kept_for_backward(lambda: loss_and_gradients(model, video))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])  # dropout, too
+    x = video.shape[0] * model.images * 65 * 128 * 4  # bytes of all tokens; of four blocks' inputs, 10 % for head and tokens
+    assert sum(n for n, _ in kept_less.values()) <= 1.1 * (4 + 3) * x < sum(n for n, _ in kept.values()) / 4
+
+@pytest.mark.parametrize("method", ["dualpath", "linear"])
+def test_mixed_precision_holds_frozen_weights_and_activations_in_the_small_type(method, tmp_path):
+    model, video = randomise(models.build_model(**dict(TINY, method=method, dropout=0.0))), random_video()
+    want, fingerprint = loss_and_gradients(model, video), model.fingerprint
+    saved = {k: v.clone() for k, v in models.saved_weights(model).items()}
+    model.prepare(torch.bfloat16)
+    assert all(p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) for p in model.parameters())
+    kept, got = kept_for_backward(lambda: loss_and_gradients(model, video, torch.bfloat16))
+    assert abs(got[0] - want[0]) <= 0.03 * want[0] and got[1].dtype == torch.float32
+    assert F.cosine_similarity(got[1], want[1], dim=0) >= 0.99
+    tokens = video.shape[0] * 65 * 128 * 4  # bytes of one image's tokens per clip in float32
+    large = [dtype for n, dtype in kept.values() if n >= tokens * 2]
+    assert method == "linear" or large.count(torch.bfloat16) > 20 and large.count(torch.float32) <= 2  # those of ln_pre
+    assert all(torch.equal(v, saved[k]) for k, v in models.saved_weights(model).items()) and model.fingerprint == fingerprint
+    again = models.load_checkpoint(save(model, tmp_path / "a.pt"))[0]
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+
+@pytest.mark.parametrize("method, checkpoint_activations", [("dualpath", False), ("dualpath", True), ("full", False)])
+def test_compiled_blocks_compute_the_same_and_are_not_compiled_again_and_again(method, checkpoint_activations, monkeypatch):
+    compile_it = torch.compile  # what differs from --compile is that no compiler for C++ or the GPU is needed
+    monkeypatch.setattr(torch, "compile", lambda function: compile_it(function, backend="aot_eager"))
+    torch.compiler.reset()
+    model, video = randomise(models.build_model(**dict(TINY, method=method, dropout=0.0))), random_video(batch=4)
+    want = loss_and_gradients(model, video), model.eval()(video).detach()
+    model.train().prepare(compile=True, checkpoint_activations=checkpoint_activations)
+    torch._dynamo.utils.counters.clear()
+    for batch in (4, 3):  # the second makes the batch dynamic
+        got = loss_and_gradients(model.train(), video[:batch])
+        with torch.no_grad():
+            logits = model.eval()(video[:batch])
+    torch.testing.assert_close(logits, want[1][:3], rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 2 and not torch._dynamo.utils.counters["graph_break"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = loss_and_gradients(model.train(), video)
+        loss_and_gradients(model, video[:2])
+        with torch.no_grad():
+            assert model.eval()(video[:2]).shape == (2, 8)
+    torch.testing.assert_close(got, want[0], rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
 
 def test_wrong_video_is_refused():
     model = models.build_model(**TINY)
@@ -1294,6 +1428,31 @@ def test_recipes_are_complete_and_the_authors():
     args = train.parse(["--data", "ssv2", "--sampling", "dense", "--stride", "1", "2", "--flip", "--erasing", "0"])
     assert (args.sampling, args.stride, args.flip, args.erasing, args.epochs) == ("dense", (1, 2), True, 0, 60)
 
+def test_options_for_speed_change_no_result(micro, tmp_path, monkeypatch, capsys):
+    compile_it = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_it(function, backend="aot_eager"))
+    logs = {}
+    for option in ("--seed 0", "--checkpoint-activations", "--compile"):
+        out = str(tmp_path / option.strip("-"))
+        train.main(SMALL + ["--root", micro, "--out", out, "--micro-batch", "3", "--epochs", "1", *option.split()])
+        logs[option] = [{k: v for k, v in line.items() if "second" not in k} for line in lines(out)]
+    plain, checkpointed, compiled = logs.values()
+    assert plain == checkpointed and compiled[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=1e-4)
+    capsys.readouterr()
+    for option in ([], ["--compile"]):
+        assert evaluate.main([f"{tmp_path}/compile/last.pt", "--workers", "0", *option]) == 0
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "top-1" in line)
+    assert first == second
+    torch.compiler.reset()
+
+def test_without_a_compiler_there_is_a_sentence(micro, tmp_path, monkeypatch):
+    def no_compiler(*args, **options):
+        raise RuntimeError("No working C++ compiler found\nand its long explanation")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(SystemExit, match="--compile does not work on this machine: No working C.. compiler found$"):
+        train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "out"), "--compile"])
+    assert not os.path.exists(tmp_path / "out")
+
 def test_of_several_strides_one_is_drawn(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(data, "read_frames", lambda path, plan: seen.append(np.diff(plan(500)).tolist()) or np.zeros((8, 64, 64, 3), np.uint8))
@@ -1543,7 +1702,18 @@ def two_trainings(rank, port, root, out, broken):
     """What torchrun starts, three times: a training run, an evaluation and a failing run by one of two processes."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    exchanged = []
+    def exchange(state, bucket):
+        exchanged.append(bucket.buffer().nbytes)
+        return default_hooks.allreduce_hook(None, bucket)
+    class Counting(train.DistributedDataParallel):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.register_comm_hook(None, exchange)
+    train.DistributedDataParallel = Counting
     train.main(SMALL + ["--root", root, "--out", out, *TOGETHER, "--workers", "1", "--micro-batch", "3"])
+    tuned = sum(v.nbytes for v in models.read_checkpoint(f"{out}/last.pt")["weights"].values()) if rank == 0 else None
+    assert tuned in (None, sum(exchanged) / 4)  # two steps in each of two epochs, whatever the micro-batches
     evaluate.main([f"{out}/last.pt", "--limit", "7", "--workers", "0"])
     with pytest.raises(SystemExit, match="3 training videos could not be read" if rank == 0 else "1"):
         train.main(SMALL + ["--root", broken, "--out", out + "-broken"])

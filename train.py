@@ -16,6 +16,7 @@ import math
 import os
 import time
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle compute threads take the cores from those that decode
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -179,6 +180,8 @@ def main(argv=None):
         scaler.load_state_dict(resumed["training"]["scaler"])
         best = resumed["training"]["best"]
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    if world > 1:
+        trained.broadcast_buffers = False  # they are constants, and DDP would send them at every step
 
     everything, tuned = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True))
     say(f"data      {args.data}: {len(training)} training and {len(validation)} validation videos,"
