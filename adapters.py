@@ -4,7 +4,8 @@
 
 Symbols are the paper's: A is an adapter; x are tokens of the spatial path, z of the temporal path;
 MHA, MLP, LN1 and LN2 are the frozen parts of one block of the image model (open_clip calls the
-last two ln_1 and ln_2). This file knows only blocks and tokens: (images, tokens, d).
+last two ln_1 and ln_2). This file knows only blocks and tokens, (images, tokens, d), but for its last
+section, which counts and measures what a whole model costs, for `python model.py`.
 """
 import ctypes
 import math
@@ -40,52 +41,6 @@ class Adapter(nn.Module):
 
     def forward(self, x):
         return self.up(self.dropout(F.gelu(self.down(x))))
-
-# ---------------------------------------------------------------- the frozen parts of a block, cheaply
-# Each gives what open_clip's own module gives, but for rounding. Their weights are frozen, so no product below needs to keep
-# its input for a weight's gradient, and what a training step keeps and moves is what other operations ask for.
-def LN(norm, x):
-    """A LayerNorm in the tokens' own type. Autocast would run it in float32, and keep its input twice as large."""
-    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
-
-def MHA(block, x):
-    """The frozen attention of an open_clip block, its layer scale (and extra norm) included."""
-    if not hasattr(block, "attention"):  # open_clip's other kind of block, which does the same by itself
-        return block.ls_1(block.ln_attn(block.attn(x)))
-    compiling = torch.compiler.is_compiling()
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and not compiling:
-        return block.ls_1(block.attention(x))  # nn.MultiheadAttention's inference kernel: there the fastest
-    # In training nn.MultiheadAttention copies q, k and v to rearrange them; fused attention takes them where they are.
-    a = block.attn
-    qkv = F.linear(x, a.in_proj_weight, a.in_proj_bias).unflatten(-1, (3, a.num_heads, -1))
-    h = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in qkv.unbind(2)))  # (images, heads, tokens, d / heads)
-    return block.ls_1(a.out_proj(h.transpose(1, 2).flatten(2)))
-
-def MLP(block, x):
-    """The frozen MLP of an open_clip block, its layer scale included."""
-    quick = isinstance(getattr(block.mlp, "gelu", None), QuickGELU) and not hasattr(block.mlp, "ln")
-    return block.ls_2(QuickMLP.apply(x, *block.mlp.parameters()) if quick else block.mlp(x))
-
-class QuickMLP(torch.autograd.Function):
-    """W_2 · QuickGELU(W_1 x + b_1) + b_2 with frozen weights, where QuickGELU(u) = u · σ(1.702 u) = SiLU(1.702 u) / 1.702.
-
-    open_clip's three operations for it keep two tensors four times as wide as x, and move more bytes than anything else
-    in a step. A product scales its result for free, which leaves SiLU: one pass, and one tensor kept.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W_1, b_1, W_2, b_2):
-        u = torch.addmm(1.702 * b_1, x.flatten(0, -2), W_1.T, alpha=1.702)  # 1.702 (W_1 x + b_1), (rows, 4d)
-        ctx.save_for_backward(u, W_1, W_2)
-        return torch.addmm(b_2, F.silu(u), W_2.T, alpha=1 / 1.702).view(x.shape)
-
-    @staticmethod
-    def backward(ctx, grad):
-        u, W_1, W_2 = ctx.saved_tensors  # the two scales cancel
-        grad_u = grad.flatten(0, -2) @ W_2.to(grad.dtype)
-        torch.ops.aten.silu_backward(grad_u, u, grad_input=grad_u)
-        return (grad_u @ W_1.to(grad.dtype)).view(grad.shape), None, None, None, None
 
 # ---------------------------------------------------------------- DualPath (Park, Lee, Sohn, CVPR 2023)
 class DualPathBlock(nn.Module):
@@ -134,6 +89,52 @@ class DualPathBlock(nn.Module):
         h = h.clone()  # A keeps its input for backward; as a slice that would keep both paths' tokens
         return h + A(h) if self.serial_skip else A(h)
 
+# ---------------------------------------------------------------- the frozen parts of a block, cheaply
+# Each gives what open_clip's own module gives, but for rounding. A product with frozen weights keeps nothing for backward, so
+# what a training step keeps, and the bytes that it moves, are those of LayerNorm, attention and QuickGELU.
+def LN(norm, x):
+    """A LayerNorm in the tokens' own type. Autocast would run it in float32, and keep its input twice as large."""
+    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # (there is no autocast of the meta device)
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+def MHA(block, x):
+    """The frozen attention of an open_clip block, its layer scale (and extra norm) included."""
+    if not hasattr(block, "attention"):  # open_clip's other kind of block, which does the same by itself
+        return block.ls_1(block.ln_attn(block.attn(x)))
+    if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return block.ls_1(block.attention(x))  # nn.MultiheadAttention's own kernel, there the fastest; it cannot be compiled
+    # In training nn.MultiheadAttention copies q, k and v to rearrange them; fused attention takes them where they are.
+    a = block.attn
+    qkv = F.linear(x, a.in_proj_weight, a.in_proj_bias).unflatten(-1, (3, a.num_heads, -1))
+    h = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in qkv.unbind(2)))  # (images, heads, tokens, d / heads)
+    return block.ls_1(a.out_proj(h.transpose(1, 2).flatten(2)))
+
+def MLP(block, x):
+    """The frozen MLP of an open_clip block, its layer scale included."""
+    mlp = block.mlp
+    quick = isinstance(mlp.gelu, QuickGELU) and not hasattr(mlp, "ln") and not mlp.c_fc.weight.requires_grad
+    return block.ls_2(QuickMLP.apply(x, *mlp.parameters()) if quick else mlp(x))
+
+class QuickMLP(torch.autograd.Function):
+    """W_2 · QuickGELU(W_1 x + b_1) + b_2 with frozen weights, where QuickGELU(u) = u · σ(1.702 u) = SiLU(1.702 u) / 1.702.
+
+    open_clip's three operations for it keep two tensors four times as wide as x, and move more bytes than anything else
+    in a step. A product scales its result for free, which leaves SiLU: one pass, and one tensor kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W_1, b_1, W_2, b_2):
+        s = torch.addmm(1.702 * b_1, x.flatten(0, -2), W_1.T, alpha=1.702)  # 1.702 u, (rows, 4d)
+        ctx.save_for_backward(s, W_1, W_2)
+        return torch.addmm(b_2, F.silu(s), W_2.T, alpha=1 / 1.702).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        s, W_1, W_2 = ctx.saved_tensors
+        grad_s = grad.flatten(0, -2) @ W_2.to(grad.dtype)  # over 1.702, which cancels with that of s
+        torch.ops.aten.silu_backward(grad_s, s, grad_input=grad_s)  # in place
+        return (grad_s @ W_1.to(grad.dtype)).view(grad.shape), None, None, None, None
+
 # ---------------------------------------------------------------- what it costs (for `python model.py`)
 PEERS = """Others on Kinetics-400, by their own READMEs; GMACs (they say GFLOPs) of 3 views:
 AIM         ViT-B/16   8 / 16 / 32 frames    606 /  1214 /  2428 GMACs   11 M tuned   top-1 83.9 / 84.5 / 84.7 %
@@ -142,16 +143,21 @@ ZeroI2V     ViT-B/16   8 frames              422 GMACs                          
 ZeroI2V     ViT-L/14   32 frames            7783 GMACs                                top-1 87.2 %
 ST-Adapter  ViT-B/16   8 frames                                                       top-1 82.2 %"""
 
+digits = lambda number: float(f"{number:.4g}")
+
 def count(model):
     """A video model's parameters, images per clip, and 10⁹ multiply-accumulates (of its products and convolutions) per view of
-    a video and per test, which is three views in all recipes. A model on the meta device is enough."""
-    video = torch.zeros(1, model.num_frames, 3, *model.visual.image_size, dtype=torch.uint8, device=model.mean.device)
-    with FlopCounterMode(display=False) as counter, torch.enable_grad():  # CPU inference would hide its attention's
+    a video and per test, which is three views on all benchmarks. The model is on the meta device: what is counted is what a
+    training step runs, and a CPU's inference kernels would hide their own."""
+    video = torch.zeros(1, model.num_frames, 3, *model.visual.image_size, dtype=torch.uint8, device="meta")
+    with FlopCounterMode(display=False) as counter:
         model(video)
-    everything, tuned = ([p.numel() for p in model.parameters() if p.requires_grad or not only] for only in (False, True))
-    gmacs = counter.get_total_flops() / 2e9
-    return {"images": model.images, "all M": round(sum(everything) / 1e6, 2), "tuned M": round(sum(tuned) / 1e6, 2),
-            "GMACs/view": float(f"{gmacs:.4g}"), "3 views": float(f"{3 * gmacs:.4g}")}
+    gmacs, (tuned, everything) = counter.get_total_flops() / 2e9, count_parameters(model)
+    return {"images": model.images, "all M": round(everything / 1e6, 2), "tuned M": round(tuned / 1e6, 2),
+            "GMACs/view": digits(gmacs), "3 views": digits(3 * gmacs)}
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 def step(net, x, dtype=None, train=False, optimizer=None):
     """A forward of net(x), or a training step, or, where x asks for gradients and nothing is trained, one back to x."""
@@ -179,7 +185,7 @@ def take_turns(steps, rounds):
     return {name: taken[1:] for name, taken in seconds.items()}
 
 def peak_memory(run):
-    """The bytes that run() takes at its peak beyond what was there before; not a number where the system cannot tell."""
+    """The bytes that run() takes at its peak beyond what was there before; None where the system cannot tell."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -187,46 +193,54 @@ def peak_memory(run):
         return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL(None).malloc_trim(0)  # else what was freed, but not given back, would hide what is taken now
-        open("/proc/self/clear_refs", "w").write("5")  # Linux: the peak starts anew
-    except (AttributeError, OSError):
-        return math.nan
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # Linux: the peak starts anew
+    except (AttributeError, OSError, TypeError):
+        return None
     resident = lambda key: 1024 * int(re.search(rf"{key}:\s+(\d+)", open("/proc/self/status").read())[1])
     before = resident("VmRSS")
     run()
     return resident("VmHWM") - before
 
-def compare(models, plain, batch, rounds):
-    """What each model costs next to the plain image model on as many images, as a dictionary of
+def compare(rows, models, plain, batch, rounds):
+    """Adds to the row of each model what it costs next to the plain image model on as many images:
 
-    forward/s, train/s          clips per second
-    forward/plain, train/plain  seconds over the plain model's: its forward; its forward and backward to the pixels
-    growth                      seconds of its forward over those of the first model's
-    GB/clip                     the most memory that training takes, weights and optimiser included, over the batch
+    forward/s, train/s    clips per second
+    ratio                 seconds over the plain model's, never compiled: its forward; its forward and backward to the pixels,
+                          the least that any method costs that trains inside it. Medians of the rounds' ratios
+    growth                seconds of the forward over those of the first row's
+    GB/clip, plain GB     peak memory of that training, weights and optimiser included, inputs not, over the batch
+    use                   the share of the device's own rate, that of one large product, that a training step comes to if the
+                          forward's products count twice (and once for linear, three times for full)
 
-    and the multiply-accumulates per second of one large matrix product, the device's own rate."""
+    Returns that rate, in multiply-accumulates per second."""
     plain.requires_grad_(False)
     device, dtype, size = plain.conv1.weight.device, plain.conv1.weight.dtype, (3, *plain.image_size)
     square = torch.randn(2 * [8192 if device.type == "cuda" else 2048], device=device, dtype=dtype)
     steps = {"product": lambda: square @ square}
     for i, model in enumerate(models):
         video = torch.randint(256, (batch, model.num_frames, *size), dtype=torch.uint8, device=device)
-        images = torch.randn(batch * model.images, *size, device=device, dtype=dtype, requires_grad=True)
+        pixels = torch.randn(batch * model.images, *size, device=device, dtype=dtype, requires_grad=True)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-        steps[i, "forward"], steps[i, "plain forward"] = partial(step, model, video, dtype), partial(step, plain, images)
+        steps[i, "forward"], steps[i, "plain forward"] = partial(step, model, video, dtype), partial(step, plain, pixels)
         steps[i, "train"] = partial(step, model, video, dtype, True, optimizer)
-        steps[i, "plain train"] = partial(step, plain, images, None, True)
+        steps[i, "plain train"] = partial(step, plain, pixels, None, True)
     seconds = take_turns(steps, rounds)
     ratio = lambda a, b: round(median(x / y for x, y in zip(seconds[a], seconds[b])), 3)
-    rows = []
-    for i, model in enumerate(models):
-        own = sum(p.nbytes * (1 + 2 * p.requires_grad) for p in model.parameters())  # AdamW holds two averages of a weight
-        rows.append({"forward/s": float(f"{batch / median(seconds[i, 'forward']):.4g}"),
-                     "forward/plain": ratio((i, "forward"), (i, "plain forward")),
-                     "growth": ratio((i, "forward"), (0, "forward")),
-                     "train/s": float(f"{batch / median(seconds[i, 'train']):.4g}"),
-                     "train/plain": ratio((i, "train"), (i, "plain train")),
-                     "GB/clip": round((own + peak_memory(steps[i, "train"])) / batch / 1e9, 3)})
-    return rows, len(square) ** 3 / median(seconds["product"])
+    rate = len(square) ** 3 / median(seconds["product"])
+    for i, (row, model) in enumerate(zip(rows, models)):
+        for kind in ("forward", "train"):
+            for who in ("", "plain "):
+                row[f"{who}{kind}/s"] = digits(batch / median(seconds[i, who + kind]))
+            row[f"{kind} ratio"] = ratio((i, kind), (i, f"plain {kind}"))
+        row["growth"] = ratio((i, "forward"), (0, "forward"))
+        for key, net, kind in (("GB/clip", model, "train"), ("plain GB", plain, "plain train")):
+            held = sum(p.nbytes * (1 + 2 * p.requires_grad) for p in net.parameters())  # AdamW holds two averages of a weight
+            taken = peak_memory(steps[i, kind])
+            row[key] = None if taken is None else digits((held + taken) / batch / 1e9)
+        products = {"linear": 1, "full": 3}.get(row["method"], 2) * row["GMACs/view"] * 1e9
+        row["use"] = round(products * batch / median(seconds[i, "train"]) / rate, 3)
+    return rate
 
 def main():
     print("tuned parameters in the adapters of all blocks, bottleneck 128")

@@ -66,13 +66,6 @@ def autocast_type(name, device):
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
-def check_compiler(device):
-    """Compile something small now, so that a missing compiler is a sentence at the start."""
-    try:
-        torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as error:  # each backend raises its own kinds
-        raise models.ModelError(f"--compile does not work on this machine: {error}".splitlines()[0])
-
 class Views(Dataset):
     """All test views of labelled videos: item i → ((clips × crops, T, 3, S, S) uint8, label, i, None), from one decode of the
     video; or (None, label, i, message) of one that cannot be read, for which nothing is ever substituted."""
@@ -118,7 +111,7 @@ def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evalua
     # Uneven shards are no problem for the bare module; a DDP wrapper would wait for the missing batches.
     shard = Subset(clips, range(rank, len(clips), world))
     loader = DataLoader(shard, batch, collate_fn=list, num_workers=workers, pin_memory=device.type == "cuda")
-    rows = []
+    rows, batches = [], []
     for videos in tqdm(loader, title, unit="batch", leave=False, disable=rank > 0):
         rows += [(index, label, [], [], error) for views, label, index, error in videos if views is None]
         videos = [video for video in videos if video[0] is not None]
@@ -129,9 +122,9 @@ def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evalua
             logits = model(views.flatten(0, 1))
         scores = logits.float().softmax(-1).unflatten(0, views.shape[:2]).mean(1)  # (B, classes)
         scores, classes = scores.topk(min(5, scores.shape[1]))
-        rows += [(index, label, c, s, None) for (_, label, index, _), c, s in zip(videos, classes, scores)]
-    # Read from the device only now: every read waits for it.
-    rows = [(index, label, torch.as_tensor(c).tolist(), torch.as_tensor(s).tolist(), error) for index, label, c, s, error in rows]
+        batches.append(([video[1:3] for video in videos], classes, scores))
+    for videos, classes, scores in batches:  # read from the device only now, since every read waits for it
+        rows += [(index, label, c, s, None) for (label, index), c, s in zip(videos, classes.tolist(), scores.tolist())]
     model.train(was_training)
     return sorted(gather(rows) if world > 1 else rows)
 
@@ -231,8 +224,6 @@ def main(argv=None):
             samples, missing = videos.val[:args.limit], sum(split == "val" for split, _ in videos.missing)
         if args.predictions:
             open(args.predictions, "a").close()  # better now than after the evaluation
-        if args.compile:
-            check_compiler(device)
         return dtype, model.to(device).prepare(dtype, args.compile), run, samples, missing
 
     dtype, model, run, samples, missing = in_turn(set_up)

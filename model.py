@@ -1,8 +1,7 @@
 """The video models: an image transformer, frozen, and the few weights that are trained around it.
 
-    python model.py                              # parameters and GMACs of each method
-    python model.py --bench --batch 32           # and clips/s and memory, next to the plain image model
-    python model.py --export RUN/last.pt DIR     # a run's image model, for --backbone local-dir:DIR
+    python model.py                         # parameters and GMACs of each method
+    python model.py --bench --batch 32      # and clips/s and memory, next to the plain image model
 """
 import argparse
 import difflib
@@ -10,9 +9,11 @@ import hashlib
 import json
 import logging
 import mmap
+import operator
 import os
 import sys
 import zipfile
+from functools import partial
 
 import open_clip
 import safetensors.torch
@@ -46,9 +47,7 @@ def load_image_model(backbone, pretrained, image_size=None):
     except Exception as error:  # "no network" alone has dozens of types
         hint = " (without a network, download the weights elsewhere and pass the file as --pretrained PATH)"
         raise ModelError(f"cannot load the image model {backbone!r}{hint * (not ours and ':' not in name)}: {error}")
-    if file:
-        load_tower(clip, file, backbone, image_size)
-    return clip.visual
+    return load_tower(clip, file, backbone, image_size) if file else clip.visual
 
 def create_clip(name, image_size=None, **options):
     """open_clip.create_model without its log lines; what matters in them is checked here, not logged."""
@@ -95,8 +94,10 @@ def load_tower(clip, path, backbone, image_size):
     state = {k.removeprefix("visual."): v.float() for k, v in state.items() if k.startswith("visual.")}
     load_strictly(clip.visual, clip.visual.state_dict(), state, f"{path} does not fit {backbone}")
     if os.environ.get("RANK", "0") == "0":  # once, not once per process
-        print(f"note: {path} cannot tell its activation, {backbone} uses {clip.visual.transformer.resblocks[0].mlp.gelu};"
-              " OpenAI's, dfn2b's and metaclip's weights want a -quickgelu backbone", file=sys.stderr)
+        activation = type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__
+        print(f"note: {path} cannot tell its activation, {backbone} uses {activation}; OpenAI's, dfn2b's and metaclip's"
+              " weights want a -quickgelu backbone", file=sys.stderr)
+    return clip.visual
 
 def load_strictly(module, own, state, what):
     """Copy `state` over `own`, a part of module's state; a missing, surplus or misshapen tensor is a ModelError."""
@@ -109,9 +110,8 @@ def load_strictly(module, own, state, what):
 
 # ---------------------------------------------------------------- the video models
 class FrameModel(nn.Module):
-    """T_s frames, each an ordinary image; their class features averaged; one linear layer on them. `linear` trains that layer
-    alone, `full` everything; the order of the frames plays no part. visual is the image model under open_clip's own names;
-    whatever else a model has is new, and trained."""
+    """T_s frames, each an ordinary image; their class features averaged; one linear layer on them. `linear` trains that alone,
+    `full` everything; frames have no order. visual is the image model under open_clip's own names; all else is new."""
 
     def __init__(self, visual, num_classes, num_frames, spatial_frames, full=False):
         super().__init__()
@@ -119,7 +119,7 @@ class FrameModel(nn.Module):
         check_divides("the image size", visual.image_size[0], visual.patch_size[0])
         self.visual = visual.requires_grad_(full)
         self.num_frames, self.spatial_frames, self.images = num_frames, spatial_frames, spatial_frames  # images a clip costs
-        self.checkpoint_activations = False
+        self.run = operator.call  # how a block is run: run(block, *inputs)
         for name, value in (("mean", visual.image_mean), ("std", visual.image_std)):
             self.register_buffer(name, 255 * torch.tensor(value).view(3, 1, 1), persistent=False)
         self.head = nn.Linear(visual.output_dim, num_classes)
@@ -143,19 +143,22 @@ class FrameModel(nn.Module):
             x = self.run(block, x)
         return self.class_feature(x, video.shape[0]), None
 
-    def run(self, block, *inputs):
-        """block(*inputs); with checkpoint_activations only the inputs are kept for backward, and the rest is computed again."""
-        again = self.checkpoint_activations and torch.is_grad_enabled()
-        return checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-
     def prepare(self, dtype=None, compile=False, checkpoint_activations=False):
-        """Make ready for long work under autocast to dtype: holds the frozen weights in that type, which autocast would cast
-        anew at every call, and compiles the blocks (one compilation serves all of them, and a second all batch sizes)."""
-        for p in self.visual.parameters():
-            p.data = p.data if p.requires_grad else p.data.to(dtype or p.dtype)
-        for block in getattr(self, "blocks", self.visual.transformer.resblocks) if compile else ():
-            block.compile()
-        self.checkpoint_activations = checkpoint_activations
+        """Make ready for long work under autocast to dtype: hold the frozen weights in it, else cast at every call; compile the
+        blocks, which share their graphs; keep only the blocks' inputs for backward, and compute the rest again."""
+        if checkpoint_activations:
+            self.run = partial(checkpoint, use_reentrant=False)
+        for p in [p for p in self.visual.parameters() if not p.requires_grad]:
+            p.data = p.data.to(dtype or p.dtype)
+        if compile:
+            try:  # something small, so that a missing compiler is a sentence now
+                torch.compile(torch.neg)(self.mean)
+            except Exception as error:  # each backend raises its own kinds
+                raise ModelError(f"--compile does not work on this machine: {error}")
+            dynamo = torch._dynamo.config  # it would cut the (small) graphs for DDP and, past its limit, go on without compiling
+            dynamo.optimize_ddp, dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = False, 64, True
+            for block in getattr(self, "blocks", self.visual.transformer.resblocks):
+                block.compile()
         return self
 
     def check(self, video):
@@ -181,11 +184,11 @@ class DualPath(FrameModel):
     """Two paths through one frozen image model (section 3 of the paper). Trained: the adapters (blocks), the head, both class
     tokens and p^SP. A path that is switched off is not built: it has no images, and its feature is None."""
 
-    def __init__(self, visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, *adapters):
+    def __init__(self, visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, **adapters):
         super().__init__(visual, num_classes, num_frames, spatial_frames)
         (H, W), d, d_out = visual.image_size, visual.class_embedding.shape[0], visual.output_dim
         self.rows, self.cols, self.spatial, self.temporal = rows, cols, paths != "temporal", paths != "spatial"
-        self.blocks = nn.ModuleList(DualPathBlock(d, *adapters, paths=paths) for _ in visual.transformer.resblocks)
+        self.blocks = nn.ModuleList(DualPathBlock(d, paths=paths, **adapters) for _ in visual.transformer.resblocks)
         visual.class_embedding.requires_grad_(self.spatial)
         visual.positional_embedding.requires_grad_(self.spatial)
         if self.temporal:
@@ -231,8 +234,8 @@ def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu
     visual = load_image_model(backbone, pretrained, image_size)
     try:
         if method == "dualpath":
-            model = DualPath(visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, bottleneck,
-                             dropout, pre_attention_adapter, serial_skip)
+            model = DualPath(visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, dropout=dropout,
+                             bottleneck=bottleneck, pre_attention_adapter=pre_attention_adapter, serial_skip=serial_skip)
         else:
             model = FrameModel(visual, num_classes, num_frames, spatial_frames, full=method == "full")
     except ValueError as error:
@@ -245,20 +248,18 @@ def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu
 MARK = b"\nsha256 "  # a checkpoint is torch.save's output, this mark, and the SHA-256 of that output in hexadecimal
 
 def fingerprint(model):
-    """SHA-256 of the frozen weights as loaded, but for a position embedding that was interpolated to another image size:
-    the last bits of that differ between processors."""
+    """SHA-256 of the frozen weights as loaded, without an interpolated position embedding: its last bits vary by processor."""
     digest = hashlib.sha256()
     interpolated = "positional_embedding" if model.config["image_size"] is not None else None
     for name, p in model.visual.named_parameters():
         if not (p.requires_grad or p.is_meta or name == interpolated):
-            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode() + p.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 def saved_weights(model):
     """What a checkpoint holds: the trained weights; where the frozen ones are random, those too."""
-    tuned = {name for name, p in model.named_parameters() if p.requires_grad}
-    return {k: v for k, v in model.state_dict().items() if k in tuned or model.config["pretrained"] is None}
+    every = model.config["pretrained"] is None
+    return {k: v.detach() for k, v in model.state_dict(keep_vars=True).items() if v.requires_grad or every}
 
 def save_checkpoint(path, model, run, training=None):
     """Write what was trained, and what rebuilds the model around it, atomically, with a SHA-256 over all. run: plain
@@ -319,39 +320,36 @@ def export_image_model(model, folder):
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "open_clip_config.json"), "w") as file:
         json.dump(dict(model_cfg=config, preprocess_cfg=dict(mean=visual.image_mean, std=visual.image_std)), file, indent=1)
-    safetensors.torch.save_file(clip.state_dict(), os.path.join(folder, "open_clip_model.safetensors"))
+    state = {k: v if k.startswith("visual.") else 0 * v for k, v in clip.state_dict().items()}  # nobody uses the text tower
+    safetensors.torch.save_file(state, os.path.join(folder, "open_clip_model.safetensors"))
 
 # ---------------------------------------------------------------- the report
 def report(args):
-    """Prints a row per model; with args.bench also what adapters.compare measures, and `use`: the rate of the training step's
-    necessary products (forward, activations' gradients; for full also weights') over the device's own."""
+    """Prints a table per backbone, a row per model: what is counted, and with args.bench what adapters.compare measures."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     variants = [("dualpath", T, {}) for T in args.frames] + [("dualpath", args.frames[-1], dict(pre_attention_adapter=True))]
     variants = [v for v in variants + [(m, args.frames[0], {}) for m in METHODS[1:]] if v[0] in args.method]
-    table = []
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    result = dict(vars(args), torch=str(torch.__version__), device=machine, type=str(dtype), rows=[])
     for backbone in args.backbone:
         rows, models = [], []
         for method, T, options in variants:
+            config = dict(method=method, backbone=backbone, pretrained=None, num_frames=T, **options)
             with torch.device("meta"):  # shapes without memory: counting needs no weights
-                model = build_model(method, 400, backbone, None, num_frames=T, **options)
-                rows.append({"backbone": backbone, "method": method + "+A_t0" * bool(options), "T": T} | count(model))
+                rows.append({"method": method + "+A_t0" * bool(options), "T": T} | count(build_model(**config)))
             if args.bench:
-                model = build_model(method, 400, backbone, None, num_frames=T, **options)
-                models.append(model.to(device).prepare(dtype, args.compile, args.checkpoint_activations))
+                models.append(build_model(**config).to(device).prepare(dtype, args.compile, args.checkpoint_activations))
         if args.bench:
-            measured, rate = compare(models, load_image_model(backbone, None).to(device, dtype), args.batch, args.rounds)
-            for row, more in zip(rows, measured):
-                products = {"linear": 1, "full": 3}.get(row["method"], 2)
-                row |= more | {"use": round(products * row["GMACs/view"] * 1e9 * more["train/s"] / rate, 3)}
-            print(f"{backbone}: {args.batch} clips on {torch.cuda.get_device_name() if device == 'cuda' else 'the CPU'}, {dtype},"
-                  f" torch {torch.__version__}; a large product runs at {2e-12 * rate:.3g} TFLOP/s")
-        table += rows
-    cells = [[str(cell) for cell in line] for line in [table[0], *(row.values() for row in table)]]
-    lines = ["  ".join(cell.rjust(max(map(len, column))) for cell, column in zip(line, zip(*cells))) for line in cells]
-    print(*lines, "", PEERS, sep="\n")
+            rate = compare(rows, models, load_image_model(backbone, None).to(device, dtype), args.batch, args.rounds)
+        cells = [[str(cell) for cell in line] for line in [rows[0], *(row.values() for row in rows)]]
+        table = ["  ".join(cell.rjust(max(map(len, column))) for cell, column in zip(line, zip(*cells))) for line in cells]
+        how = f"{args.batch} clips, {machine}, {dtype}; a large product: {2e-12 * rate:.3g} TFLOP/s" if args.bench else "counted"
+        print(f"{backbone}: {how}", *table, "", sep="\n")
+        result["rows"] += [{"backbone": backbone} | row for row in rows]
+    print(PEERS)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(table, file, indent=1)
+            json.dump(result, file, indent=1)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Parameters, multiply-accumulates and speed of each method.")
@@ -361,20 +359,22 @@ def main(argv=None):
     add("--frames", nargs="+", type=int, default=[16, 32, 48], help="frames per clip, T")
     add("--json", metavar="FILE", help="write the table to a file, too")
     add("--bench", action="store_true", help="measure speed and memory, too")
-    add("--batch", type=int, default=1, help="clips per step, for --bench")
+    add("--batch", type=int, default=1, help="clips per step, for --bench; less if memory runs out")
     add("--rounds", type=int, default=5, help="in which all take turns, for --bench")
     for option in ("--compile", "--checkpoint-activations"):
         add(option, action="store_true", help="as in train.py, for --bench")
     add("--export", nargs=2, metavar=("CKPT", "DIR"), help="write a checkpoint's image model to a folder")
     args = parser.parse_args(argv)
     try:
+        if min(args.batch, args.rounds, *args.frames) < 1:
+            raise ModelError("--batch, --rounds and --frames are numbers from 1")
         if args.export:
             export_image_model(load_checkpoint(args.export[0])[0], args.export[1])
             print(f"wrote {args.export[1]}; use it with --backbone local-dir:{args.export[1]}")
         else:
             report(args)
-    except ModelError as error:
-        raise SystemExit(f"model.py: {error}")
+    except (ModelError, torch.OutOfMemoryError) as error:
+        raise SystemExit(f"model.py: {str(error).splitlines()[0]}")
 
 if __name__ == "__main__":
     main()

@@ -14,6 +14,7 @@ import sys
 import time
 from fractions import Fraction
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 import numpy as np
 import open_clip
 import pytest
@@ -248,13 +249,13 @@ def test_a_training_step_keeps_little():
 
 def test_steps_take_turns_and_the_first_round_does_not_count(monkeypatch):
     calls = []
-    steps = {"a": lambda: calls.append("a") or time.sleep(0.02 if len(calls) > 3 else 0.5), "b": lambda: calls.append("b"),
+    steps = {"a": lambda: calls.append("a") or time.sleep(0.02 if len(calls) > 3 else 1), "b": lambda: calls.append("b"),
              "c": lambda: calls.append("c")}
     seconds = adapters.take_turns(steps, 4)
     rounds = [calls[i:i + 3] for i in range(0, len(calls), 3)]
     assert len(rounds) == 5 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert {k: len(v) for k, v in seconds.items()} == dict(a=4, b=4, c=4)
-    assert all(0.02 <= s < 0.4 for s in seconds["a"]) and max(seconds["b"]) < 0.02
+    assert all(0.02 <= s < 0.9 for s in seconds["a"]) and min(seconds["b"]) < 0.02
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its peak of memory")
 def test_peak_memory_is_what_was_taken_at_once():
@@ -262,18 +263,22 @@ def test_peak_memory_is_what_was_taken_at_once():
         for _ in range(2):
             held = [torch.ones(1 << 20) for _ in range(at_once)]  # 4 MiB each
             del held
-    for at_once in (25, 50, 25):
+    for at_once in (100, 200, 100):
         assert adapters.peak_memory(lambda: work(at_once)) == pytest.approx(at_once * 2**22, rel=0.15)
 
 def test_the_benchmark_measures_next_to_the_plain_model(tmp_path, capsys):
     models.main(["--backbone", "tiny", "--frames", "16", "32", "--bench", "--rounds", "1", "--json", str(tmp_path / "a.json")])
-    out, rows = capsys.readouterr().out, json.load(open(tmp_path / "a.json"))
+    out, result = capsys.readouterr().out, json.load(open(tmp_path / "a.json"))
+    rows = result["rows"]
+    assert (result["batch"], result["rounds"], result["compile"], result["type"]) == (1, 1, False, "torch.float32")
     assert [(r["method"], r["T"], r["images"]) for r in rows] == [
         ("dualpath", 16, 9), ("dualpath", 32, 10), ("dualpath+A_t0", 32, 10), ("linear", 16, 8), ("full", 16, 8)]
-    assert all(str(row["train/plain"]) in out for row in rows) and "AIM" in out and rows[0]["growth"] == 1
+    assert all(str(row["train ratio"]) in out for row in rows) and "AIM" in out and rows[0]["growth"] == 1
     for row in rows:
-        assert 0.2 < row["forward/plain"] < 10 and row["train/s"] < row["forward/s"]  and 0 < row["use"] < 2
-        assert row["GB/clip"] > 4e-3 * row["all M"]  # the weights themselves at least
+        for kind in ("forward", "train"):  # of a single round
+            assert row[f"{kind} ratio"] == pytest.approx(row[f"plain {kind}/s"] / row[f"{kind}/s"], rel=1e-3, abs=1e-3)
+        assert row["growth"] > 0 and row["use"] > 0
+        assert sys.platform != "linux" or row["GB/clip"] > 4e-3 * row["all M"] and row["plain GB"] > 3e-3  # the weights alone
 
 # ---------------------------------------------------------------- model.py: the video models
 
@@ -1427,6 +1432,11 @@ def test_recipes_are_complete_and_the_authors():
     assert train.parse(["--data", "hmdb51"]).stride == (1, 2, 4, 8)
     args = train.parse(["--data", "ssv2", "--sampling", "dense", "--stride", "1", "2", "--flip", "--erasing", "0"])
     assert (args.sampling, args.stride, args.flip, args.erasing, args.epochs) == ("dense", (1, 2), True, 0, 60)
+
+@pytest.mark.parametrize("options, words", [(["--rounds", "0"], "--rounds.*from 1"), (["--frames", "15"], "15"), (["--backbone", "x"], "'x'")])
+def test_mistakes_in_the_benchmark_get_a_sentence(options, words):
+    with pytest.raises(SystemExit, match=f"^model.py: .*{words}"):
+        models.main(["--bench", "--backbone", "tiny", *options])
 
 def test_options_for_speed_change_no_result(micro, tmp_path, monkeypatch, capsys):
     compile_it = torch.compile

@@ -16,7 +16,7 @@ import math
 import os
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle compute threads take the cores from those that decode
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle compute threads keep cores from those that decode
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -25,9 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+import adapters
 import data
 import model as models
-from evaluate import (Views, at_least, autocast_type, check_compiler, fingerprint, gather, in_turn, number, parse_views,
+from evaluate import (Views, at_least, autocast_type, fingerprint, gather, in_turn, number, parse_views,
                       predict, start_processes, summarise)
 
 # What a data set needs beyond the defaults of the options. Names are those of the options. "Command" is a line in the authors'
@@ -108,7 +109,7 @@ def parse(argv):
     add("--weight-decay", type=number(0), default=0.05)
     add("--clip-grad", type=number(0), help="largest norm of the gradient (default no limit)")
     add("--compile", action="store_true", help="torch.compile the blocks")
-    add("--checkpoint-activations", action="store_true", help="a quarter of the memory, for a third more time")
+    add("--checkpoint-activations", action="store_true", help="much less memory, more time: all is computed twice")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="decoding processes, per training process")
     known, _ = parser.parse_known_args(argv)
@@ -147,8 +148,6 @@ def main(argv=None):
             if resumed["run"]["classes"] != videos.classes:
                 raise data.DataError(f"{args.root} has other classes than the run in {args.out} that it should continue")
             models.load_weights(model, resumed, args.out)
-        if args.compile:
-            check_compiler(device)
         return dtype, videos, model.to(device).prepare(dtype, args.compile, args.checkpoint_activations), resumed
 
     dtype, videos, model, resumed = in_turn(set_up)
@@ -181,9 +180,9 @@ def main(argv=None):
         best = resumed["training"]["best"]
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     if world > 1:
-        trained.broadcast_buffers = False  # they are constants, and DDP would send them at every step
+        trained.broadcast_buffers = False  # constants, sent at every step; the argument for this has two names, by torch's version
 
-    everything, tuned = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True))
+    tuned, everything = adapters.count_parameters(model)
     say(f"data      {args.data}: {len(training)} training and {len(validation)} validation videos,"
         f" {len(videos.classes)} classes" + (f"; {len(videos.missing)} listed ones are not there" if videos.missing else ""))
     say(f"model     {args.method} around {args.backbone}: {tuned / 1e6:.2f} M of {everything / 1e6:.2f} M weights are trained"
