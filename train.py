@@ -28,8 +28,8 @@ from tqdm import tqdm
 import adapters
 import data
 import model as models
-from evaluate import (Views, at_least, autocast_type, fingerprint, gather, in_turn, number, parse_views,
-                      predict, start_processes, summarise)
+from evaluate import (Views, at_least, autocast_type, fingerprint, gather, in_turn, number, parse_views, predict,
+                      start_processes, summarise)
 
 # What a data set needs beyond the defaults of the options. Names are those of the options. "Command" is a line in the authors'
 # release, "code" its defaults; batches are rounded to divide by 8 processes. Where the sampling is uniform it is the peers': the
