@@ -223,6 +223,12 @@ def test_frozen_parts_give_what_open_clips_modules_give(kind, training):
             weight = torch.randn_like(want)
             torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, want)))
 
+def test_an_mlp_that_is_trained_gets_its_gradients():
+    from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+    block = ResidualAttentionBlock(24, 3, act_layer=QuickGELU)
+    adapters.MLP(block, torch.randn(2, 5, 24)).sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in block.mlp.parameters())
+
 def kept_for_backward(work):
     """The storages that work() keeps for its backward, as {address: (bytes, dtype)}, without parameters."""
     kept = {}
@@ -277,7 +283,7 @@ def test_the_benchmark_measures_next_to_the_plain_model(tmp_path, capsys):
     for row in rows:
         for kind in ("forward", "train"):  # of a single round
             assert row[f"{kind} ratio"] == pytest.approx(row[f"plain {kind}/s"] / row[f"{kind}/s"], rel=1e-3, abs=1e-3)
-        assert row["growth"] > 0 and row["use"] > 0
+        assert row["growth"] == pytest.approx(rows[0]["forward/s"] / row["forward/s"], rel=1e-3, abs=1e-3) and row["use"] > 0
         assert sys.platform != "linux" or row["GB/clip"] > 4e-3 * row["all M"] and row["plain GB"] > 3e-3  # the weights alone
 
 # ---------------------------------------------------------------- model.py: the video models
@@ -1444,13 +1450,20 @@ def test_options_for_speed_change_no_result(micro, tmp_path, monkeypatch, capsys
     logs = {}
     for option in ("--seed 0", "--checkpoint-activations", "--compile"):
         out = str(tmp_path / option.strip("-"))
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
         train.main(SMALL + ["--root", micro, "--out", out, "--micro-batch", "3", "--epochs", "1", *option.split()])
+        assert (torch._dynamo.utils.counters["frames"]["ok"] > 1) == (option == "--compile")
         logs[option] = [{k: v for k, v in line.items() if "second" not in k} for line in lines(out)]
     plain, checkpointed, compiled = logs.values()
     assert plain == checkpointed and compiled[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=1e-4)
     capsys.readouterr()
+    frames = torch._dynamo.utils.counters["frames"]
     for option in ([], ["--compile"]):
+        torch.compiler.reset()
+        frames.clear()
         assert evaluate.main([f"{tmp_path}/compile/last.pt", "--workers", "0", *option]) == 0
+        assert frames["ok"] == 2 * len(option)  # a block, and what tries the compiler
     first, second = (line for line in capsys.readouterr().out.splitlines() if "top-1" in line)
     assert first == second
     torch.compiler.reset()
