@@ -109,7 +109,7 @@ def parse(argv):
     add("--weight-decay", type=number(0), default=0.05)
     add("--clip-grad", type=number(0), help="largest norm of the gradient (default no limit)")
     add("--compile", action="store_true", help="torch.compile the blocks")
-    add("--checkpoint-activations", action="store_true", help="much less memory, more time: all is computed twice")
+    add("--checkpoint-activations", action="store_true", help="less memory, more time: each block runs forward twice")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="decoding processes, per training process")
     known, _ = parser.parse_known_args(argv)
@@ -180,7 +180,7 @@ def main(argv=None):
         best = resumed["training"]["best"]
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     if world > 1:
-        trained.broadcast_buffers = False  # constants, sent at every step; the argument for this has two names, by torch's version
+        trained.broadcast_buffers = False  # DDP would send these constants at every step (its argument's name depends on torch)
 
     tuned, everything = adapters.count_parameters(model)
     say(f"data      {args.data}: {len(training)} training and {len(validation)} validation videos,"
