@@ -1,9 +1,9 @@
-"""The bottleneck adapter, and where each method puts it around a frozen transformer block.
+"""What each method puts around a frozen transformer block: DualPath, then those that it is compared with.
 
-    python adapters.py        # prints the tuned parameters that each choice adds to a block
+    python adapters.py        # prints the tuned parameters in the blocks of each method
 
-Symbols are the paper's: A is an adapter; x are tokens of the spatial path, z of the temporal path;
-MHA, MLP, LN1 and LN2 are the frozen parts of one block of the image model (open_clip calls the
+Symbols are the paper's: A is an adapter; x are tokens of frames (DualPath's spatial path), z of its temporal
+path; MHA, MLP, LN1 and LN2 are the frozen parts of one block of the image model (open_clip calls the
 last two ln_1 and ln_2). This file knows only blocks and tokens, (images, tokens, d), but for its last
 section, which counts and measures what a whole model costs, for `python model.py`.
 """
@@ -30,8 +30,9 @@ class Adapter(nn.Module):
     start at zero, so a new adapter contributes exactly nothing.
     """
 
-    def __init__(self, d, bottleneck=128, dropout=0.1):
+    def __init__(self, d, bottleneck=128, dropout=0.1, activation=F.gelu):
         super().__init__()
+        self.activation = activation
         self.down = nn.Linear(d, bottleneck)
         self.dropout = nn.Dropout(dropout)
         self.up = nn.Linear(bottleneck, d)
@@ -40,7 +41,53 @@ class Adapter(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x):
-        return self.up(self.dropout(F.gelu(self.down(x))))
+        return self.up(self.dropout(self.activation(self.down(x))))
+
+# ---------------------------------------------------------------- the frozen parts of a block, cheaply
+# Each gives what open_clip's own module gives, but for rounding. A product with frozen weights keeps nothing for backward, so
+# what a training step keeps, and the bytes that it moves, are those of LayerNorm, attention and QuickGELU.
+def LN(norm, x):
+    """A LayerNorm in the tokens' own type. Autocast would run it in float32, and keep its input twice as large."""
+    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # (there is no autocast of the meta device)
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+def MHA(block, x):
+    """The frozen attention of an open_clip block, its layer scale (and extra norm) included."""
+    if not hasattr(block, "attention"):  # open_clip's other kind of block, which does the same by itself
+        return block.ls_1(block.ln_attn(block.attn(x)))
+    if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return block.ls_1(block.attention(x))  # nn.MultiheadAttention's own kernel, there the fastest; it cannot be compiled
+    # In training nn.MultiheadAttention copies q, k and v to rearrange them; fused attention takes them where they are.
+    a = block.attn
+    qkv = F.linear(x, a.in_proj_weight, a.in_proj_bias).unflatten(-1, (3, a.num_heads, -1))
+    h = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in qkv.unbind(2)))  # (images, heads, tokens, d / heads)
+    return block.ls_1(a.out_proj(h.transpose(1, 2).flatten(2)))
+
+def MLP(block, x):
+    """The frozen MLP of an open_clip block, its layer scale included."""
+    mlp = block.mlp
+    quick = isinstance(mlp.gelu, QuickGELU) and not hasattr(mlp, "ln") and not mlp.c_fc.weight.requires_grad
+    return block.ls_2(QuickMLP.apply(x, *mlp.parameters()) if quick else mlp(x))
+
+class QuickMLP(torch.autograd.Function):
+    """W_2 · QuickGELU(W_1 x + b_1) + b_2 with frozen weights, where QuickGELU(u) = u · σ(1.702 u) = SiLU(1.702 u) / 1.702.
+
+    open_clip's three operations for it keep two tensors four times as wide as x, and move more bytes than anything else
+    in a step. A product scales its result for free, which leaves SiLU: one pass, and one tensor kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W_1, b_1, W_2, b_2):
+        s = torch.addmm(1.702 * b_1, x.flatten(0, -2), W_1.T, alpha=1.702)  # 1.702 u, (rows, 4d)
+        ctx.save_for_backward(s, W_1, W_2)
+        return torch.addmm(b_2, F.silu(s), W_2.T, alpha=1 / 1.702).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        s, W_1, W_2 = ctx.saved_tensors
+        grad_s = grad.flatten(0, -2) @ W_2.to(grad.dtype)  # over 1.702, which cancels with that of s
+        torch.ops.aten.silu_backward(grad_s, s, grad_input=grad_s)  # in place
+        return (grad_s @ W_1.to(grad.dtype)).view(grad.shape), None, None, None, None
 
 # ---------------------------------------------------------------- DualPath (Park, Lee, Sohn, CVPR 2023)
 class DualPathBlock(nn.Module):
@@ -89,51 +136,137 @@ class DualPathBlock(nn.Module):
         h = h.clone()  # A keeps its input for backward; as a slice that would keep both paths' tokens
         return h + A(h) if self.serial_skip else A(h)
 
-# ---------------------------------------------------------------- the frozen parts of a block, cheaply
-# Each gives what open_clip's own module gives, but for rounding. A product with frozen weights keeps nothing for backward, so
-# what a training step keeps, and the bytes that it moves, are those of LayerNorm, attention and QuickGELU.
-def LN(norm, x):
-    """A LayerNorm in the tokens' own type. Autocast would run it in float32, and keep its input twice as large."""
-    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # (there is no autocast of the meta device)
-        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+# ---------------------------------------------------------------- the methods that it is compared with
+# Each takes x, (B·frames, L, d), the frames of B clips one after the other, as ordinary images, and gives x'' of the same shape.
+# A frame's class token comes first, then its P patches. All but VPT start as the image model.
+class PlainBlock(nn.Module):
+    """x'' = the image model's own block: nothing is added, so there is no width and no dropout. `linear` trains none of it,
+    `full` all."""
 
-def MHA(block, x):
-    """The frozen attention of an open_clip block, its layer scale (and extra norm) included."""
-    if not hasattr(block, "attention"):  # open_clip's other kind of block, which does the same by itself
-        return block.ls_1(block.ln_attn(block.attn(x)))
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return block.ls_1(block.attention(x))  # nn.MultiheadAttention's own kernel, there the fastest; it cannot be compiled
-    # In training nn.MultiheadAttention copies q, k and v to rearrange them; fused attention takes them where they are.
-    a = block.attn
-    qkv = F.linear(x, a.in_proj_weight, a.in_proj_bias).unflatten(-1, (3, a.num_heads, -1))
-    h = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in qkv.unbind(2)))  # (images, heads, tokens, d / heads)
-    return block.ls_1(a.out_proj(h.transpose(1, 2).flatten(2)))
+    def __init__(self, d, frames, bottleneck=None, dropout=0.0):
+        super().__init__()
 
-def MLP(block, x):
-    """The frozen MLP of an open_clip block, its layer scale included."""
-    mlp = block.mlp
-    quick = isinstance(mlp.gelu, QuickGELU) and not hasattr(mlp, "ln") and not mlp.c_fc.weight.requires_grad
-    return block.ls_2(QuickMLP.apply(x, *mlp.parameters()) if quick else mlp(x))
+    def forward(self, block, x):
+        return block(x)
 
-class QuickMLP(torch.autograd.Function):
-    """W_2 · QuickGELU(W_1 x + b_1) + b_2 with frozen weights, where QuickGELU(u) = u · σ(1.702 u) = SiLU(1.702 u) / 1.702.
+class VPTBlock(nn.Module):
+    """VPT-Deep (Jia et al., ECCV 2022): every block gets prompt tokens P of its own beside x, whose outputs are dropped.
 
-    open_clip's three operations for it keep two tensors four times as wide as x, and move more bytes than anything else
-    in a step. A product scales its result for free, which leaves SiLU: one pass, and one tensor kept.
+        x' = x + MHA(LN1 [x ; P])          x'' = x' + MLP(LN2 x')          (the rows of x alone)
     """
 
-    @staticmethod
-    def forward(ctx, x, W_1, b_1, W_2, b_2):
-        s = torch.addmm(1.702 * b_1, x.flatten(0, -2), W_1.T, alpha=1.702)  # 1.702 u, (rows, 4d)
-        ctx.save_for_backward(s, W_1, W_2)
-        return torch.addmm(b_2, F.silu(s), W_2.T, alpha=1 / 1.702).view(x.shape)
+    def __init__(self, d, frames, prompts=50, dropout=0.1):
+        super().__init__()
+        bound = math.sqrt(3 / d)  # theirs is √(6 / (3·patch² + d)), which is this where d = 3·patch², as in ViT-B/16
+        self.prompt_embedding = nn.Parameter(torch.empty(prompts, d).uniform_(-bound, bound))
+        self.dropout = nn.Dropout(dropout)
 
-    @staticmethod
-    def backward(ctx, grad):
-        s, W_1, W_2 = ctx.saved_tensors
-        grad_s = grad.flatten(0, -2) @ W_2.to(grad.dtype)  # over 1.702, which cancels with that of s
-        torch.ops.aten.silu_backward(grad_s, s, grad_input=grad_s)  # in place
-        return (grad_s @ W_1.to(grad.dtype)).view(grad.shape), None, None, None, None
+    def forward(self, block, x):
+        P = self.dropout(self.prompt_embedding.expand(x.shape[0], -1, -1)).to(x.dtype)  # (B·frames, prompts, d)
+        x = x + MHA(block, LN(block.ln_1, torch.cat([x, P], dim=1)))[:, :x.shape[1]]
+        return x + MLP(block, LN(block.ln_2, x))
+
+class AdaptFormerBlock(nn.Module):
+    """AdaptFormer (Chen et al., NeurIPS 2022): an adapter with ReLU parallel to the MLP, s = 0.1.
+
+        x' = x + MHA(LN1 x)          x'' = x' + MLP(LN2 x') + s · A(x')          (as in their code: A without a LayerNorm)
+    """
+
+    def __init__(self, d, frames, bottleneck=64, dropout=0.1, s=0.1):
+        super().__init__()
+        self.A, self.s = Adapter(d, bottleneck, dropout, activation=F.relu), s
+
+    def forward(self, block, x):
+        x = x + MHA(block, LN(block.ln_1, x))
+        return x + MLP(block, LN(block.ln_2, x)) + self.s * self.A(x)
+
+class ProTuningBlock(nn.Module):
+    """Pro-tuning (Nie et al., 2022): a prompt, made of the block's features by three light convolutions, is added to them.
+
+        x' = x + MHA(LN1 x)     y = x' + MLP(LN2 x')     x'' = y + W_up · GELU(DWConv5×5(W_down · y))
+
+    Width, GELU and the start at zero are ours. A class token has no place in the grid of patches and gets no prompt; so what the
+    last block adds to the patches is never read.
+    """
+
+    def __init__(self, d, frames, bottleneck=None, dropout=0.1):
+        super().__init__()
+        bottleneck = bottleneck or d // 4
+        self.down, self.up, self.dropout = nn.Linear(d, bottleneck), nn.Linear(bottleneck, d), nn.Dropout(dropout)
+        self.conv = nn.Conv2d(bottleneck, bottleneck, 5, padding=2, groups=bottleneck)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, block, x):
+        x = x + MHA(block, LN(block.ln_1, x))
+        y = x + MLP(block, LN(block.ln_2, x))
+        h = self.down(y[:, 1:]).unflatten(1, (math.isqrt(y.shape[1] - 1), -1)).permute(0, 3, 1, 2)  # (…, bottleneck, rows, cols)
+        h = self.dropout(F.gelu(self.conv(h))).permute(0, 2, 3, 1).flatten(1, 2)  # (B·frames, P, bottleneck)
+        return y + F.pad(self.up(h), (0, 0, 1, 0))  # nothing for class tokens
+
+class STAdapter(nn.Module):
+    """A(x) = x + W_up · DWConv3×1×1(W_down · x): mixes every patch with those at its place in the frames before and after."""
+
+    def __init__(self, d, frames, bottleneck, dropout):
+        super().__init__()
+        self.frames = frames
+        self.down, self.up, self.dropout = nn.Linear(d, bottleneck), nn.Linear(bottleneck, d), nn.Dropout(dropout)
+        self.conv = nn.Conv2d(bottleneck, bottleneck, (3, 1), padding=(1, 0), groups=bottleneck)
+        for zero in (self.down.bias, self.up.bias, self.conv.weight, self.conv.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x):
+        h = self.down(x[:, 1:]).unflatten(0, (-1, self.frames)).permute(0, 3, 1, 2)  # (B, bottleneck, frames, P)
+        h = self.dropout(self.conv(h)).permute(0, 2, 3, 1).flatten(0, 1)  # 3×1 over (frames, P) is 3×1×1 over (frames, H, W)
+        return x + F.pad(self.up(h), (0, 0, 1, 0))  # nothing for class tokens
+
+class STAdapterBlock(nn.Module):
+    """ST-Adapter (Pan et al., NeurIPS 2022): one of their adapters before MHA, MLP or both.
+
+        x' = A_1(x) + MHA(LN1 A_1(x))          x'' = A_2(x') + MLP(LN2 A_2(x'))
+
+    before: "mha" builds A_1, "mlp" A_2, "both" both: 12×384 (the paper's is before MHA, their code's before the MLP) and 24×384
+    on ViT-B. Class tokens pass an adapter unchanged, so A_2 of the last block moves nothing that is read.
+    """
+
+    def __init__(self, d, frames, bottleneck=384, dropout=0.1, before="mha"):
+        super().__init__()
+        if before not in ("mha", "mlp", "both"):
+            raise ValueError(f"before is {before!r}; it is mha, mlp or both")
+        new = lambda wanted: STAdapter(d, frames, bottleneck, dropout) if wanted else nn.Identity()
+        self.A_1, self.A_2 = new(before != "mlp"), new(before != "mha")
+
+    def forward(self, block, x):
+        x = self.A_1(x)
+        x = x + MHA(block, LN(block.ln_1, x))
+        x = self.A_2(x)
+        return x + MLP(block, LN(block.ln_2, x))
+
+class AIMBlock(nn.Module):
+    """AIM (Yang et al., ICLR 2023): the frozen attention runs twice, over the frames of each token, then over each frame's tokens.
+
+        x_t = x + A_t(MHA over time(LN1 x))          x' = x_t + h + A_s(h) with h = MHA(LN1 x_t)
+        x'' = x' + MLP(LN2 x') + s · A_m(LN2 x'), s = 0.5
+
+    Neither attention knows the order of frames: that is in the model's temporal_embedding alone.
+    """
+
+    def __init__(self, d, frames, bottleneck=None, dropout=0.1, s=0.5):
+        super().__init__()
+        self.A_t, self.A_s, self.A_m = (Adapter(d, bottleneck or d // 4, dropout) for _ in range(3))
+        self.frames, self.s = frames, s
+
+    def forward(self, block, x):
+        h = LN(block.ln_1, x).unflatten(0, (-1, self.frames)).transpose(1, 2)  # (B, L, frames, d)
+        h = MHA(block, h.flatten(0, 1)).unflatten(0, h.shape[:2]).transpose(1, 2)  # (B, frames, L, d)
+        x = x + self.A_t(h.flatten(0, 1))
+        h = MHA(block, LN(block.ln_1, x))
+        x = x + h + self.A_s(h)
+        h = LN(block.ln_2, x)
+        return x + MLP(block, h) + self.s * self.A_m(h)
+
+FRAME_METHODS = {"linear": PlainBlock, "full": PlainBlock, "vpt": VPTBlock, "adaptformer": AdaptFormerBlock,
+                 "protuning": ProTuningBlock, "st_adapter": STAdapterBlock, "aim": AIMBlock}
 
 # ---------------------------------------------------------------- what it costs (for `python model.py`)
 PEERS = """Others on Kinetics-400, by their own READMEs; GMACs (they say GFLOPs) of 3 views:
@@ -146,14 +279,14 @@ ST-Adapter  ViT-B/16   8 frames                                                 
 digits = lambda number: float(f"{number:.4g}")
 
 def count(model):
-    """A video model's parameters, images per clip, and 10⁹ multiply-accumulates (of its products and convolutions) per view of
-    a video and per test, which is three views on all benchmarks. The model is on the meta device: what is counted is what a
+    """A video model's frames and images per clip, parameters, and 10⁹ multiply-accumulates (of products and convolutions) per view
+    of a video and per test, which is three views on all benchmarks. The model is on the meta device: what is counted is what a
     training step runs, and a CPU's inference kernels would hide their own."""
     video = torch.zeros(1, model.num_frames, 3, *model.visual.image_size, dtype=torch.uint8, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(video)
     gmacs, (tuned, everything) = counter.get_total_flops() / 2e9, count_parameters(model)
-    return {"images": model.images, "all M": round(everything / 1e6, 2), "tuned M": round(tuned / 1e6, 2),
+    return {"T": model.num_frames, "images": model.images, "all M": round(everything / 1e6, 2), "tuned M": round(tuned / 1e6, 2),
             "GMACs/view": digits(gmacs), "3 views": digits(3 * gmacs)}
 
 def count_parameters(model):
@@ -243,13 +376,13 @@ def compare(rows, models, plain, batch, rounds):
     return rate
 
 def main():
-    print("tuned parameters in the adapters of all blocks, bottleneck 128")
+    print("tuned parameters in the blocks of each method, at its own width")
     for name, d, layers in (("ViT-B", 768, 12), ("ViT-L", 1024, 24)):
-        for pre in (False, True):
-            with torch.device("meta"):
-                block = DualPathBlock(d, pre_attention_adapter=pre)
-            tuned = layers * sum(p.numel() for p in block.parameters())
-            print(f"  {name}  dualpath{' + A_t0' if pre else '':7s}  {tuned / 1e6:6.2f} M")
+        variants = {"dualpath": DualPathBlock(d), "dualpath+A_t0": DualPathBlock(d, pre_attention_adapter=True)}
+        variants |= {method: kind(d, frames=8) for method, kind in FRAME_METHODS.items() if kind is not PlainBlock}
+        variants["st_adapter, both"] = STAdapterBlock(d, frames=8, before="both")
+        for method, block in variants.items():
+            print(f"  {name}  {method:16s}  {layers * count_parameters(block)[0] / 1e6:6.2f} M")
 
 if __name__ == "__main__":
     main()

@@ -230,11 +230,11 @@ def rand_augment(clip):
         clip = OPERATIONS[number](clip, strength, 2 * direction.item() - 1) if happens else clip
     return clip
 
-def training_transform(augment, size, flip, erasing=0.0):
+def training_transform(augment, size, flip=True, erasing=0.0, crop_area=0.08):
     """Draws once per call: all frames are treated alike. Cropping comes first: then RandAugment costs the same on any video."""
     if augment == "translate":  # whole pixels: nothing is resampled, mirrored or recoloured
         return v2.Compose([v2.RandomCrop(size, padding=size // 16, padding_mode="edge")])
-    crop = [v2.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), antialias=True)]
+    crop = [v2.RandomResizedCrop(size, scale=(crop_area, 1), ratio=(3 / 4, 4 / 3), antialias=True)]
     return v2.Compose(crop + [v2.RandomHorizontalFlip()] * flip + [rand_augment] * (augment == "rand")
                       + [v2.RandomErasing(erasing, value=GREY)] * (erasing > 0))
 
@@ -377,9 +377,9 @@ def find_videos(data, root=None, split=None, whole=SPLITS):
 class Clips(Dataset):
     """Training clips of labelled videos: item (epoch, i) → (augmented clip (T, 3, S, S) uint8, label, messages). Another
     video takes the place of one that cannot be read, and the message travels with it; after ten, the clip is None."""
-    def __init__(self, samples, num_frames, size, sampling="dense", strides=(1,), augment="rand", flip=True, erasing=0.0, seed=0):
+    def __init__(self, samples, num_frames, size, sampling="dense", strides=(1,), augment="rand", seed=0, **options):
         self.samples, self.num_frames, self.size, self.sampling, self.strides = samples, num_frames, size, sampling, strides
-        self.augment, self.seed, self.transform = augment, seed, training_transform(augment, size, flip, erasing)
+        self.augment, self.seed, self.transform = augment, seed, training_transform(augment, size, **options)
 
     def __len__(self):
         return len(self.samples)

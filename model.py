@@ -9,9 +9,7 @@ import hashlib
 import json
 import logging
 import mmap
-import operator
 import os
-import sys
 import zipfile
 from functools import partial
 
@@ -21,10 +19,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adapters import PEERS, DualPathBlock, compare, count
+from adapters import FRAME_METHODS, PEERS, DualPathBlock, compare, count
 from grid import check_divides, frameset, position_code
 
-METHODS = ("dualpath", "linear", "full")
+METHODS = ("dualpath", *FRAME_METHODS)
 BACKBONES = {"tiny": "local-dir:" + os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")}  # short names
 NO_TEXT = dict(width=8, heads=1, layers=1, context_length=8, vocab_size=16)  # open_clip insists on a text tower
 
@@ -95,8 +93,8 @@ def load_tower(clip, path, backbone, image_size):
     load_strictly(clip.visual, clip.visual.state_dict(), state, f"{path} does not fit {backbone}")
     if os.environ.get("RANK", "0") == "0":  # once, not once per process
         activation = type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__
-        print(f"note: {path} cannot tell its activation, {backbone} uses {activation}; OpenAI's, dfn2b's and metaclip's"
-              " weights want a -quickgelu backbone", file=sys.stderr)
+        print(f"note: {path} cannot tell its activation, {backbone} uses {activation}; OpenAI's, dfn2b's and metaclip's weights"
+              " want a -quickgelu backbone")
     return clip.visual
 
 def load_strictly(module, own, state, what):
@@ -110,19 +108,22 @@ def load_strictly(module, own, state, what):
 
 # ---------------------------------------------------------------- the video models
 class FrameModel(nn.Module):
-    """T_s frames, each an ordinary image; their class features averaged; one linear layer on them. `linear` trains that alone,
-    `full` everything; frames have no order. visual is the image model under open_clip's own names; all else is new."""
+    """T_s frames, each an ordinary image; their class features averaged; one linear layer on them. visual: the image model, under
+    open_clip's own names. new_block(d): what goes around a block. temporal_embedding: a trained vector for each frame (AIM's)."""
 
-    def __init__(self, visual, num_classes, num_frames, spatial_frames, full=False):
+    def __init__(self, visual, new_block, num_classes, num_frames, spatial_frames, full=False, temporal_embedding=False):
         super().__init__()
         check_divides("the number of frames", num_frames, spatial_frames)
         check_divides("the image size", visual.image_size[0], visual.patch_size[0])
         self.visual = visual.requires_grad_(full)
         self.num_frames, self.spatial_frames, self.images = num_frames, spatial_frames, spatial_frames  # images a clip costs
-        self.run = operator.call  # how a block is run: run(block, *inputs)
+        self.run = nn.Module.__call__  # how a block is run: run(block, *inputs)
         for name, value in (("mean", visual.image_mean), ("std", visual.image_std)):
             self.register_buffer(name, 255 * torch.tensor(value).view(3, 1, 1), persistent=False)
         self.head = nn.Linear(visual.output_dim, num_classes)
+        d = visual.class_embedding.shape[0]
+        self.blocks = nn.ModuleList(new_block(d) for _ in visual.transformer.resblocks)
+        self.temporal_embedding = nn.Parameter(torch.zeros(spatial_frames, 1, d)) if temporal_embedding else 0.0
 
     def train(self, mode=True):
         super().train(mode)
@@ -135,12 +136,13 @@ class FrameModel(nn.Module):
         return self.head(torch.cat([y for y in (y_tp, y_sp) if y is not None], dim=-1))
 
     def features(self, video):
-        """(B, T, 3, H, W) uint8 → (y_sp (B, d), None): there is no temporal path."""
+        """(B, T, 3, H, W) uint8 → (y_sp (B, d_out), None): there is no temporal path."""
         self.check(video)
         frames = video[:, ::self.num_frames // self.spatial_frames].flatten(0, 1).float()  # (B·T_s, 3, H, W)
-        x = self.tokens(self.patches(frames), self.visual.class_embedding, self.visual.positional_embedding[None])
-        for block in self.visual.transformer.resblocks:
-            x = self.run(block, x)
+        position = self.visual.positional_embedding[None] + self.temporal_embedding  # (1, 1 + P, d); AIM's (T_s, 1 + P, d)
+        x = self.tokens(self.patches(frames), self.visual.class_embedding, position)
+        for block, adapted in zip(self.visual.transformer.resblocks, self.blocks):
+            x = self.run(adapted, block, x)
         return self.class_feature(x, video.shape[0]), None
 
     def prepare(self, dtype=None, compile=False, checkpoint_activations=False):
@@ -157,7 +159,7 @@ class FrameModel(nn.Module):
                 raise ModelError(f"--compile does not work on this machine: {error}")
             dynamo = torch._dynamo.config  # it would cut the (small) graphs for DDP and, past its limit, go on without compiling
             dynamo.optimize_ddp, dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = False, 64, True
-            for block in getattr(self, "blocks", self.visual.transformer.resblocks):
+            for block in self.blocks:
                 block.compile()
         return self
 
@@ -181,14 +183,13 @@ class FrameModel(nn.Module):
         return (self.visual.ln_post(tokens[:, 0]) @ self.visual.proj).unflatten(0, (batch, -1)).mean(dim=1)
 
 class DualPath(FrameModel):
-    """Two paths through one frozen image model (section 3 of the paper). Trained: the adapters (blocks), the head, both class
-    tokens and p^SP. A path that is switched off is not built: it has no images, and its feature is None."""
+    """Two paths through one frozen image model (section 3 of the paper). Trained: the adapters (blocks), both class tokens, p^SP
+    and the head on [y^TP ; y^SP]. A path that is switched off is not built: it has no images, and its feature is None."""
 
-    def __init__(self, visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, **adapters):
-        super().__init__(visual, num_classes, num_frames, spatial_frames)
+    def __init__(self, visual, new_block, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths):
+        super().__init__(visual, new_block, num_classes, num_frames, spatial_frames)
         (H, W), d, d_out = visual.image_size, visual.class_embedding.shape[0], visual.output_dim
         self.rows, self.cols, self.spatial, self.temporal = rows, cols, paths != "temporal", paths != "spatial"
-        self.blocks = nn.ModuleList(DualPathBlock(d, paths=paths, **adapters) for _ in visual.transformer.resblocks)
         visual.class_embedding.requires_grad_(self.spatial)
         visual.positional_embedding.requires_grad_(self.spatial)
         if self.temporal:
@@ -199,45 +200,44 @@ class DualPath(FrameModel):
             code = nn.functional.pad(code.to(visual.proj.device), (0, 0, 1, 0))  # the class token's code is zero
             self.register_buffer("temporal_position", code, persistent=False)  # p^TP (T_G, 1 + P, d)
         self.images = spatial_frames * self.spatial + num_frames // (rows * cols) * self.temporal
-        d_in = d_out * (self.spatial + self.temporal)  # [y^TP ; y^SP]
-        self.head = nn.Sequential(nn.Linear(d_in, d_out), nn.GELU(), nn.Linear(d_out, num_classes))
+        self.head = nn.Sequential(nn.Linear(d_out * (1 + (paths == "both")), d_out), nn.GELU(), nn.Linear(d_out, num_classes))
 
     def features(self, video):
-        """(B, T, 3, H, W) uint8 → (y_sp, y_tp), each (B, d) or None: the two paths' class features."""
+        """(B, T, 3, H, W) uint8 → (y_sp, y_tp), each (B, d_out) or None: the two paths' class features."""
         self.check(video)
-        B, v, images = video.shape[0], self.visual, []
+        B, v, x = video.shape[0], self.visual, video[:0, 0].float()  # a path that is switched off has no images
         if self.spatial:
-            images.append(video[:, ::self.num_frames // self.spatial_frames].flatten(0, 1).float())  # (B·T_s, 3, H, W)
-        if self.temporal:
-            images.append(frameset(video.float(), self.rows, self.cols).flatten(0, 1))  # (B·T_G, 3, H, W)
-        patches = self.patches(torch.cat(images)).split([i.shape[0] for i in images])  # each path's (B·n, P, d)
-        x = z = patches[0].new_empty(0, 1 + patches[0].shape[1], patches[0].shape[2])  # a path without images has no rows
-        if self.spatial:
-            x = self.tokens(patches[0], v.class_embedding, v.positional_embedding[None])
-        if self.temporal:
-            z = self.tokens(patches[-1], self.temporal_class_embedding, self.temporal_position)
+            x = video[:, ::self.num_frames // self.spatial_frames].flatten(0, 1).float()  # (B·T_s, 3, H, W)
+        z = frameset(video.float(), self.rows, self.cols).flatten(0, 1) if self.temporal else x[:0]  # (B·T_G, 3, H, W)
+        x, z = self.patches(torch.cat([x, z])).split([x.shape[0], z.shape[0]])  # each path's (B·n, P, d)
+        x = self.tokens(x, v.class_embedding, v.positional_embedding[None])
+        z = self.tokens(z, self.temporal_class_embedding, self.temporal_position) if self.temporal else x[:0]
         for block, adapted in zip(v.transformer.resblocks, self.blocks):
             x, z = self.run(adapted, block, x, z)
         return self.class_feature(x, B) if self.spatial else None, self.class_feature(z, B) if self.temporal else None
 
 def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu", pretrained="openai",
-                num_frames=32, spatial_frames=8, image_size=None, rows=4, cols=4, bottleneck=128, dropout=0.1,
-                pre_attention_adapter=False, serial_skip=False, paths="both", position_scale=1.0):
+                num_frames=32, spatial_frames=8, image_size=None, rows=4, cols=4, bottleneck=None, dropout=0.1,
+                pre_attention_adapter=False, serial_skip=False, paths="both", position_scale=1.0, before="mha"):
     """A video classifier around a frozen image model: forward((B, T, 3, H, W) uint8) → (B, num_classes). Raises ModelError.
-    image_size: None for the image model's own; else its position embedding is interpolated. rows, cols: the
-    frameset's. position_scale: amplitude of p^TP. The rest is explained in adapters.py."""
+    image_size, bottleneck: None for the image model's and the method's own; another size interpolates the position embedding.
+    rows, cols: the frameset's. position_scale: amplitude of p^TP. The rest is explained in adapters.py."""
     config = dict(locals())
     if method not in METHODS:
         raise ModelError(f"there is no method {method!r}; the methods are {', '.join(METHODS)}")
     if paths not in (("both", "spatial", "temporal") if method == "dualpath" else ("both",)):
         raise ModelError(f"paths is {paths!r}; it is both, spatial or temporal, and the last two are for dualpath alone")
     visual = load_image_model(backbone, pretrained, image_size)
+    width = () if bottleneck is None else (bottleneck,)
     try:
         if method == "dualpath":
-            model = DualPath(visual, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths, dropout=dropout,
-                             bottleneck=bottleneck, pre_attention_adapter=pre_attention_adapter, serial_skip=serial_skip)
+            new_block = lambda d: DualPathBlock(d, *width, dropout=dropout, pre_attention_adapter=pre_attention_adapter,
+                                                serial_skip=serial_skip, paths=paths)
+            model = DualPath(visual, new_block, num_classes, num_frames, spatial_frames, rows, cols, position_scale, paths)
         else:
-            model = FrameModel(visual, num_classes, num_frames, spatial_frames, full=method == "full")
+            where = dict(before=before) if method == "st_adapter" else {}
+            new_block = lambda d: FRAME_METHODS[method](d, spatial_frames, *width, dropout=dropout, **where)
+            model = FrameModel(visual, new_block, num_classes, num_frames, spatial_frames, method == "full", method == "aim")
     except ValueError as error:
         raise ModelError(str(error))
     model.config = config
@@ -250,9 +250,8 @@ MARK = b"\nsha256 "  # a checkpoint is torch.save's output, this mark, and the S
 def fingerprint(model):
     """SHA-256 of the frozen weights as loaded, without an interpolated position embedding: its last bits vary by processor."""
     digest = hashlib.sha256()
-    interpolated = "positional_embedding" if model.config["image_size"] is not None else None
     for name, p in model.visual.named_parameters():
-        if not (p.requires_grad or p.is_meta or name == interpolated):
+        if not (p.requires_grad or p.is_meta or name == "positional_embedding" and model.config["image_size"] is not None):
             digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode() + p.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -327,16 +326,17 @@ def export_image_model(model, folder):
 def report(args):
     """Prints a table per backbone, a row per model: what is counted, and with args.bench what adapters.compare measures."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    variants = [("dualpath", T, {}) for T in args.frames] + [("dualpath", args.frames[-1], dict(pre_attention_adapter=True))]
-    variants = [v for v in variants + [(m, args.frames[0], {}) for m in METHODS[1:]] if v[0] in args.method]
+    variants = [("dualpath", dict(num_frames=T)) for T in args.frames]
+    variants += [("dualpath", dict(num_frames=args.frames[-1], pre_attention_adapter=True))]
+    variants += [(m, dict(num_frames=T, spatial_frames=T)) for m in METHODS[1:] for T in ((8, 16, 32) if m == "aim" else (8,))]
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     result = dict(vars(args), torch=str(torch.__version__), device=machine, type=str(dtype), rows=[])
     for backbone in args.backbone:
         rows, models = [], []
-        for method, T, options in variants:
-            config = dict(method=method, backbone=backbone, pretrained=None, num_frames=T, **options)
+        for method, options in [v for v in variants if v[0] in args.method]:
+            config = dict(options, method=method, backbone=backbone, pretrained=None)
             with torch.device("meta"):  # shapes without memory: counting needs no weights
-                rows.append({"method": method + "+A_t0" * bool(options), "T": T} | count(build_model(**config)))
+                rows.append({"method": method + "+A_t0" * ("pre_attention_adapter" in options)} | count(build_model(**config)))
             if args.bench:
                 models.append(build_model(**config).to(device).prepare(dtype, args.compile, args.checkpoint_activations))
         if args.bench:
@@ -356,7 +356,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--backbone", nargs="+", default=["ViT-B-16-quickgelu", "ViT-L-14-quickgelu"], help="open_clip names")
     add("--method", nargs="+", choices=METHODS, default=METHODS)
-    add("--frames", nargs="+", type=int, default=[16, 32, 48], help="frames per clip, T")
+    add("--frames", nargs="+", type=int, default=[16, 32, 48], help="frames of DualPath's clips, T")
     add("--json", metavar="FILE", help="write the table to a file, too")
     add("--bench", action="store_true", help="measure speed and memory, too")
     add("--batch", type=int, default=1, help="clips per step, for --bench; less if memory runs out")

@@ -81,13 +81,14 @@ def parse(argv):
     add("--backbone", default="ViT-B-16-quickgelu", help="open_clip model, local-dir:DIR, or tiny")
     add("--pretrained", default="openai", help="open_clip tag, a file, or none for random weights")
     add("--frames", type=at_least(1), default=32, help="frames per clip, T")
-    add("--spatial-frames", type=at_least(1), default=8, help="frames that the spatial path sees, T_s")
+    add("--spatial-frames", type=at_least(1), default=8, help="of these, for the spatial path and other methods, T_s")
     add("--size", type=at_least(1), help="pixels per side (default the image model's own)")
-    add("--bottleneck", type=at_least(1), default=128, help="width of the adapters")
+    add("--bottleneck", type=at_least(1), help="width of the adapters; of vpt, number of prompts (default the method's own)")
+    add("--before", choices=("mha", "mlp", "both"), default="mha", help="where st_adapter has its adapters")
     add("--dropout", type=number(0, 1), default=0.1, help="in the adapters")
-    add("--position-scale", type=float, default=1.0, help="amplitude of the temporal position code")
-    add("--pre-attention-adapter", action=argparse.BooleanOptionalAction, default=False, help="A_t0")
-    add("--serial-skip", action=argparse.BooleanOptionalAction, default=False, help="z + h + A(h), not the paper's z + A(h)")
+    add("--position-scale", type=float, default=1.0, help="amplitude of DualPath's temporal position code")
+    add("--pre-attention-adapter", action=argparse.BooleanOptionalAction, default=False, help="DualPath's A_t0")
+    add("--serial-skip", action=argparse.BooleanOptionalAction, default=False, help="DualPath with z + h + A(h), not z + A(h)")
     group = parser.add_argument_group("clips")
     add = group.add_argument
     add("--sampling", choices=("dense", "uniform"), default="uniform", help="frames at a stride, or one per segment")
@@ -96,6 +97,7 @@ def parse(argv):
     add("--test-stride", type=at_least(1), default=4, help="the same in testing")
     add("--augment", choices=("rand", "crop", "translate"), default="rand",
         help="random resized crop with RandAugment or without, or whole-pixel shifts alone")
+    add("--crop-area", type=number(0, 1), default=0.08, help="least share of a frame that a random crop keeps (not with translate)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips (not with translate)")
     add("--erasing", type=number(0, 1), default=0.0, help="probability of random erasing (not with translate)")
     add("--views", type=parse_views, metavar="CLIPSxCROPS", default=(3, 1), help="test views that evaluate.py averages")
@@ -141,7 +143,7 @@ def main(argv=None):
         model = models.build_model(  # downloads the weights at first use
             args.method, len(videos.classes), args.backbone, args.pretrained, args.frames, args.spatial_frames, args.size,
             bottleneck=args.bottleneck, dropout=args.dropout, pre_attention_adapter=args.pre_attention_adapter,
-            serial_skip=args.serial_skip, paths=args.paths, position_scale=args.position_scale)
+            serial_skip=args.serial_skip, paths=args.paths, position_scale=args.position_scale, before=args.before)
         if args.init:
             models.load_weights(model, models.read_checkpoint(args.init), args.init, head=False)
         if resumed:
@@ -158,7 +160,8 @@ def main(argv=None):
         raise SystemExit(f"train.py: not all machines find the same last.pt in {args.out}: its disk must be one they share")
 
     size = model.visual.image_size[0]
-    clips = data.Clips(training, args.frames, size, args.sampling, args.stride, args.augment, args.flip, args.erasing, args.seed)
+    clips = data.Clips(training, args.frames, size, args.sampling, args.stride, args.augment, args.seed, flip=args.flip,
+                       erasing=args.erasing, crop_area=args.crop_area)
     order = BatchOrder(len(clips), args.batch, args.seed, rank, world)
     loader = DataLoader(clips, batch_sampler=order, num_workers=args.workers, persistent_workers=args.workers > 0,
                         pin_memory=device.type == "cuda", collate_fn=collate)
@@ -298,7 +301,7 @@ def find_run(args):
         free = ("out", "root", "init", "resume", "overwrite", "workers", "micro_batch", "compile", "checkpoint_activations")
         was = content["run"]
         differ = [f"--{k.replace('_', '-')} {v} (was {was.get(k)})" for k, v in vars(args).items()
-                  if k not in free and was.get(k) != v]
+                  if k not in free and was.get(k, v) != v]  # an option that is younger than the run changes nothing
         if differ:
             raise data.DataError(f"{last} is of a run with other options: {', '.join(differ)}")
         if content["training"] is None:
