@@ -1820,6 +1820,8 @@ def test_a_run_of_before_an_option_was_there_goes_on(micro, tmp_path):
     model = models.build_model(**content["model"])
     models.load_weights(model, content, out)
     models.save_checkpoint(f"{out}/last.pt", model, content["run"], content["training"])
+    with pytest.raises(SystemExit, match=r"--crop-area 0.5 \(was 0.08\)"):
+        train.main(SMALL + ["--root", micro, "--out", out, "--limit", "8", "--epochs", "1", "--resume", "--crop-area", "0.5"])
     train.main(SMALL + ["--root", micro, "--out", out, "--limit", "8", "--epochs", "1", "--resume"])
     assert len(lines(out)) == 1
 

@@ -299,9 +299,9 @@ def find_run(args):
     if args.resume and os.path.exists(last):
         content = models.read_checkpoint(last)
         free = ("out", "root", "init", "resume", "overwrite", "workers", "micro_batch", "compile", "checkpoint_activations")
-        was = content["run"]
+        was = vars(parse(["--data", args.data])) | content["run"]  # an option that is younger than the run had its default
         differ = [f"--{k.replace('_', '-')} {v} (was {was.get(k)})" for k, v in vars(args).items()
-                  if k not in free and was.get(k, v) != v]  # an option that is younger than the run changes nothing
+                  if k not in free and was.get(k) != v]
         if differ:
             raise data.DataError(f"{last} is of a run with other options: {', '.join(differ)}")
         if content["training"] is None:
