@@ -2,10 +2,9 @@
 
     python adapters.py        # prints the tuned parameters in the blocks of each method
 
-Symbols are the paper's: A is an adapter; x are tokens of frames (DualPath's spatial path), z of its temporal
-path; MHA, MLP, LN1 and LN2 are the frozen parts of one block of the image model (open_clip calls the
-last two ln_1 and ln_2). This file knows only blocks and tokens, (images, tokens, d), but for its last
-section, which counts and measures what a whole model costs, for `python model.py`.
+Symbols are the paper's: A is an adapter; x are tokens of frames (DualPath's spatial path), z of its temporal path; MHA, MLP, LN1
+and LN2 are the frozen parts of one block of the image model (open_clip calls the last two ln_1 and ln_2). This file knows only
+blocks and tokens, (images, tokens, d), but for its last section: it makes models fast, and measures them for `python model.py`.
 """
 import ctypes
 import math
@@ -19,6 +18,7 @@ import torch
 from open_clip.transformer import QuickGELU
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -27,8 +27,7 @@ class Adapter(nn.Module):
     """A(x) = W_up · GELU(W_down · x): (..., d) → (..., d).
 
     No skip and no LayerNorm of its own: the block says what it is added to. W_up and both biases
-    start at zero, so a new adapter contributes exactly nothing.
-    """
+    start at zero, so a new adapter contributes exactly nothing."""
 
     def __init__(self, d, bottleneck=128, dropout=0.1, activation=F.gelu):
         super().__init__()
@@ -73,8 +72,7 @@ class QuickMLP(torch.autograd.Function):
     """W_2 · QuickGELU(W_1 x + b_1) + b_2 with frozen weights, where QuickGELU(u) = u · σ(1.702 u) = SiLU(1.702 u) / 1.702.
 
     open_clip's three operations for it keep two tensors four times as wide as x, and move more bytes than anything else
-    in a step. A product scales its result for free, which leaves SiLU: one pass, and one tensor kept.
-    """
+    in a step. A product scales its result for free, which leaves SiLU: one pass, and one tensor kept."""
 
     @staticmethod
     def forward(ctx, x, W_1, b_1, W_2, b_2):
@@ -114,10 +112,8 @@ class DualPathBlock(nn.Module):
         self.serial_skip = serial_skip
 
     def forward(self, block, x, z):
-        """block: the frozen one; x: (B·T_s, L, d); z: (B·T_G, L, d) → x'', z'', same shapes.
-
-        A path that is switched off has no images: its tensor has no rows, and every line still holds.
-        """
+        """block: the frozen one; x: (B·T_s, L, d); z: (B·T_G, L, d) → x'', z'', same shapes. A path that is switched off has no
+        images: its tensor has no rows, and every line still holds."""
         # Both paths use the same frozen weights and attention never crosses images, so the tokens of
         # both are one batch in each frozen call: one MHA and one MLP serve two paths.
         images = [len(x), len(z)]
@@ -268,20 +264,36 @@ class AIMBlock(nn.Module):
 FRAME_METHODS = {"linear": PlainBlock, "full": PlainBlock, "vpt": VPTBlock, "adaptformer": AdaptFormerBlock,
                  "protuning": ProTuningBlock, "st_adapter": STAdapterBlock, "aim": AIMBlock}
 
-# ---------------------------------------------------------------- what it costs (for `python model.py`)
+# ---------------------------------------------------------------- whole models: made fast, counted, measured
+def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
+    """Make ready for long work under autocast to dtype: hold the frozen weights in it, else cast at every call; compile the
+    blocks, which share their graphs; keep only the blocks' inputs for backward, and compute the rest again."""
+    if checkpoint_activations:
+        model.run = partial(checkpoint, use_reentrant=False)
+    for p in [p for p in model.visual.parameters() if not p.requires_grad and dtype]:
+        p.data = p.data.to(dtype)
+    if compile:
+        try:  # something small, so that a missing compiler is a sentence now
+            torch.compile(torch.neg)(model.mean)
+        except Exception as error:  # each backend raises its own kinds
+            raise OSError(f"--compile does not work on this machine: {str(error).splitlines()[0]}")
+        dynamo = torch._dynamo.config  # it would cut the (small) graphs for DDP and, past its limit, go on without compiling
+        dynamo.optimize_ddp, dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = False, 64, True
+        for block in model.blocks:
+            block.compile()
+    return model
+
 PEERS = """Others on Kinetics-400, by their own READMEs; GMACs (they say GFLOPs) of 3 views:
 AIM         ViT-B/16   8 / 16 / 32 frames    606 /  1214 /  2428 GMACs   11 M tuned   top-1 83.9 / 84.5 / 84.7 %
 AIM         ViT-L/14   8 / 16 / 32 frames   2902 /  5604 / 11208 GMACs   38 M tuned   top-1 86.8 / 87.3 / 87.5 %
-ZeroI2V     ViT-B/16   8 frames              422 GMACs                                top-1 83.0 %
-ZeroI2V     ViT-L/14   32 frames            7783 GMACs                                top-1 87.2 %
-ST-Adapter  ViT-B/16   8 frames                                                       top-1 82.2 %"""
+ZeroI2V     ViT-B/16   8 frames    422 GMACs   top-1 83.0 %      ViT-L/14   32 frames   7783 GMACs   top-1 87.2 %
+ST-Adapter  ViT-B/16   8 frames                top-1 82.2 %"""
 
 digits = lambda number: float(f"{number:.4g}")
 
 def count(model):
-    """A video model's frames and images per clip, parameters, and 10⁹ multiply-accumulates (of products and convolutions) per view
-    of a video and per test, which is three views on all benchmarks. The model is on the meta device: what is counted is what a
-    training step runs, and a CPU's inference kernels would hide their own."""
+    """Frames and images of a clip, parameters, and 10⁹ multiply-accumulates per view and per test, three views on all benchmarks,
+    of a model on the meta device: counted is what a training step runs; a CPU's inference kernels would hide their own."""
     video = torch.zeros(1, model.num_frames, 3, *model.visual.image_size, dtype=torch.uint8, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(video)
@@ -291,6 +303,13 @@ def count(model):
 
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+def parameter_groups(model, weight_decay):
+    """Weight decay for matrices; none for biases, norms, tokens and position embeddings."""
+    tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrix = lambda name, p: p.ndim > 1 and not name.endswith("embedding")
+    return [dict(params=[p for n, p in tuned if matrix(n, p)], weight_decay=weight_decay),
+            dict(params=[p for n, p in tuned if not matrix(n, p)], weight_decay=0.0)]
 
 def step(net, x, dtype=None, train=False, optimizer=None):
     """A forward of net(x), or a training step, or, where x asks for gradients and nothing is trained, one back to x."""
@@ -304,8 +323,7 @@ def step(net, x, dtype=None, train=False, optimizer=None):
         optimizer.zero_grad()
 
 def take_turns(steps, rounds):
-    """Seconds of each step in each round. They alternate in random order, so that noise falls on all alike; a round more,
-    the first, warms up."""
+    """Seconds of each step in each round but the first, which warms up; in random order, so that noise falls on all alike."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = {name: [] for name in steps}
     for _ in tqdm(range(rounds + 1), "measuring", unit="round", leave=False):
@@ -336,17 +354,11 @@ def peak_memory(run):
     return resident("VmHWM") - before
 
 def compare(rows, models, plain, batch, rounds):
-    """Adds to the row of each model what it costs next to the plain image model on as many images:
-
-    forward/s, train/s    clips per second
-    ratio                 seconds over the plain model's, never compiled: its forward; its forward and backward to the pixels,
-                          the least that any method costs that trains inside it. Medians of the rounds' ratios
-    growth                seconds of the forward over those of the first row's
-    GB/clip, plain GB     peak memory of that training, weights and optimiser included, inputs not, over the batch
-    use                   the share of the device's own rate, that of one large product, that a training step comes to if the
-                          forward's products count twice (and once for linear, three times for full)
-
-    Returns that rate, in multiply-accumulates per second."""
+    """Adds to the row of each model what it costs next to the plain image model (never compiled) on as many images: clips/s;
+    ratio: its seconds over the plain model's forward, or forward and backward to the pixels, the least that a method costs that
+    trains inside (medians of the rounds' ratios); growth: of the forward, over the first row's; GB/clip: the peak of training,
+    weights and optimiser included, inputs not, over the batch; use: the share of the device's own rate, that of a large product,
+    that training comes to if the forward's products count twice (linear: once, full: three times). Returns that rate, in MAC/s."""
     plain.requires_grad_(False)
     device, dtype, size = plain.conv1.weight.device, plain.conv1.weight.dtype, (3, *plain.image_size)
     square = torch.randn(2 * [8192 if device.type == "cuda" else 2048], device=device, dtype=dtype)
@@ -370,19 +382,19 @@ def compare(rows, models, plain, batch, rounds):
         for key, net, kind in (("GB/clip", model, "train"), ("plain GB", plain, "plain train")):
             held = sum(p.nbytes * (1 + 2 * p.requires_grad) for p in net.parameters())  # AdamW holds two averages of a weight
             taken = peak_memory(steps[i, kind])
-            row[key] = None if taken is None else digits((held + taken) / batch / 1e9)
-        products = {"linear": 1, "full": 3}.get(row["method"], 2) * row["GMACs/view"] * 1e9
-        row["use"] = round(products * batch / median(seconds[i, "train"]) / rate, 3)
+            row[key] = taken and digits((held + taken) / batch / 1e9)
+        products = {"linear": 1e9, "full": 3e9}.get(row["method"], 2e9) * row["GMACs/view"] * batch
+        row["use"] = round(products / median(seconds[i, "train"]) / rate, 3)
     return rate
 
 def main():
     print("tuned parameters in the blocks of each method, at its own width")
+    kinds = {"dualpath": DualPathBlock, "dualpath+A_t0": partial(DualPathBlock, pre_attention_adapter=True)}
+    kinds |= {method: partial(kind, frames=8) for method, kind in FRAME_METHODS.items() if kind is not PlainBlock}
+    kinds["st_adapter, both"] = partial(STAdapterBlock, frames=8, before="both")
     for name, d, layers in (("ViT-B", 768, 12), ("ViT-L", 1024, 24)):
-        variants = {"dualpath": DualPathBlock(d), "dualpath+A_t0": DualPathBlock(d, pre_attention_adapter=True)}
-        variants |= {method: kind(d, frames=8) for method, kind in FRAME_METHODS.items() if kind is not PlainBlock}
-        variants["st_adapter, both"] = STAdapterBlock(d, frames=8, before="both")
-        for method, block in variants.items():
-            print(f"  {name}  {method:16s}  {layers * count_parameters(block)[0] / 1e6:6.2f} M")
+        for method, kind in kinds.items():
+            print(f"  {name}  {method:16s}  {layers * count_parameters(kind(d))[0] / 1e6:6.2f} M")
 
 if __name__ == "__main__":
     main()

@@ -6,13 +6,16 @@
     torchrun --nproc_per_node=8 evaluate.py CKPT                          # eight processes, the same figures
 """
 import argparse
+import contextlib
 import csv
 import datetime
 import hashlib
 import json
 import os
 import re
+import signal
 import sys
+import traceback
 from concurrent.futures import BrokenExecutor
 
 import numpy as np
@@ -25,46 +28,95 @@ from tqdm import tqdm
 import data
 import model as models
 
-def start_processes():
-    """(rank, world, device); joins the process group exactly when torchrun started us."""
-    cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
-    # One process may draw the demo or download weights for long while the others wait for it.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+# ---------------------------------------------------------------- processes: one, or as many as torchrun starts
+REFUSALS = (models.ModelError, data.DataError, OSError, BrokenExecutor)  # what users can mend: a sentence, no traceback
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+@contextlib.contextmanager
+def processes(script):
+    """(rank, world, device), in a process group exactly if torchrun started us, until the work inside ends, however it ends."""
+    cuda, grouped, device, rank, world = torch.cuda.is_available(), "RANK" in os.environ, torch.device("cpu"), 0, 1
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    return dist.get_rank(), dist.get_world_size(), device
+    if grouped:
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # processes that torchrun restarts find the addresses of the dead, else
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=datetime.timedelta(hours=1))  # one may draw or download for long while the others wait
+    try:
+        with on_signals(sys.exit):
+            yield rank, world, device
+    except BaseException as error:
+        # A DDP wrapper that outlives the group can wait forever for a thread of gloo that waits for Python's lock.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, SystemExit) and error.code in (130, 143) and rank == 0:
+            print(f"{script}: stopped by a signal" + "; --resume continues the run" * (script == "train.py"))
+        what, broken = str(error).strip().split("\n")[0], isinstance(error, RuntimeError)
+        if broken and "DataLoader worker" in what:
+            what = f"a process that reads videos has died, for want of memory perhaps: fewer --workers take less ({what})"
+        elif broken and grouped and re.search("gloo|nccl|socket", str(error), re.IGNORECASE):
+            what = f"process {rank} has lost another, which may have said why ({what})"
+        elif not isinstance(error, REFUSALS):
+            raise
+        raise SystemExit(f"{script}: {what}")
+    finally:
+        if grouped:
+            dist.destroy_process_group()
+
+@contextlib.contextmanager
+def on_signals(act):
+    """What Ctrl-C, SIGTERM and Slurm's SIGUSR1 do inside: act(the status with which a shell expects us to end)."""
+    before = {n: signal.signal(n, lambda n, _: act(130 if n == signal.SIGINT else 143)) for n in SIGNALS}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+def leave_signals_to_the_parent(worker):
+    """For data workers: a signal to all processes of a job is the training process's to answer, and then it ends them."""
+    for n in SIGNALS:
+        signal.signal(n, signal.SIG_IGN)
+
+def gather(rows):
+    """The lists of all processes, joined, in every process."""
+    shards = [rows]
+    if dist.is_initialized():
+        shards *= dist.get_world_size()
+        dist.all_gather_object(shards, rows)
+    return [row for shard in shards for row in shard]
+
+def agree(*numbers):
+    """The sums of these numbers over all processes, by way of their CPUs, so that nobody waits for a GPU."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
 
 def in_turn(work):
     """work() in the first process, then in the others, so that what it draws or downloads is there for them. Where it
     refuses in one process all of them end, and the first prints the one sentence."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    result = refusal = None
+    rank, result, refusal = dist.get_rank() if dist.is_initialized() else 0, None, None
     for mine in (rank == 0, rank > 0):
-        if mine and refusal is None:
-            try:
-                result = work()
-            except (models.ModelError, data.DataError, OSError, BrokenExecutor) as error:
-                refusal = str(error)
-        if world > 1:
-            refusal = next(filter(None, gather([refusal])), None)
-    if refusal is not None:
-        if world > 1:
-            dist.destroy_process_group()
-        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {refusal}" if rank == 0 else 1)
+        try:
+            result = work() if mine else result
+        except REFUSALS as error:
+            refusal = str(error)
+        if any(refusals := gather([refusal])):
+            raise SystemExit(f"{os.path.basename(sys.argv[0])}: {next(filter(None, refusals))}" if rank == 0 else 1)
     return result
 
+# ---------------------------------------------------------------- accuracy
 def autocast_type(name, device):
     """The compute type of --amp: auto is bfloat16 on GPUs that have it, float16 on others, none on CPUs."""
     if name == "off" or (name == "auto" and device.type != "cuda"):
         return None
     if device.type != "cuda":
         raise models.ModelError(f"--amp {name} needs a CUDA GPU, and there is none: leave it out")
-    if name == "auto":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if name == "auto" else name == "bf16"
+    return torch.bfloat16 if bf16 else torch.float16
 
 class Views(Dataset):
     """All test views of labelled videos: item i → ((clips × crops, T, 3, S, S) uint8, label, i, None), from one decode of the
@@ -78,11 +130,9 @@ class Views(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index):
-        path, label = self.samples[index]
-        clips, crops = self.views
+        (path, label), (clips, crops) = self.samples[index], self.views
         # dense: starts evenly spread over the video; uniform: points evenly spread over each segment
-        places = [0.5 if clips == 1 else c / (clips - 1) if self.sampling == "dense" else (c + 0.5) / clips
-                  for c in range(clips)]
+        places = [0.5 if clips == 1 else c / (clips - 1) if self.sampling == "dense" else (c + 0.5) / clips for c in range(clips)]
         plan = lambda n: np.concatenate([data.clip_frames(n, self.num_frames, self.sampling, self.stride, p) for p in places])
         try:
             frames = torch.from_numpy(data.read_frames(path, plan)).permute(0, 3, 1, 2)
@@ -100,39 +150,36 @@ def test_crops(clip, size, crops):
 
 @torch.no_grad()
 def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evaluating"):
-    """Softmax averaged over all views of each video; every video exactly once, whatever the number of processes.
-
-    clips: the Views. Returns a row per video, ordered and the same in every process:
-    (index, label, likeliest classes (≤ 5), their scores, None), or (index, label, [], [], error).
-    """
+    """Softmax averaged over all views of each video; every video exactly once, whatever the number of processes. clips: the Views.
+    Returns a row per video, in order, the same in every process: (index, label, likeliest classes (≤ 5), their scores, None), or
+    (index, label, [], [], error)."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training = model.training
     model.eval()
     # Uneven shards are no problem for the bare module; a DDP wrapper would wait for the missing batches.
     shard = Subset(clips, range(rank, len(clips), world))
-    loader = DataLoader(shard, batch, collate_fn=list, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(shard, batch, collate_fn=list, num_workers=workers, pin_memory=device.type == "cuda",
+                        worker_init_fn=leave_signals_to_the_parent)
     rows, batches = [], []
-    for videos in tqdm(loader, title, unit="batch", leave=False, disable=rank > 0):
-        rows += [(index, label, [], [], error) for views, label, index, error in videos if views is None]
-        videos = [video for video in videos if video[0] is not None]
-        if not videos:
-            continue
-        views = torch.stack([video[0].to(device, non_blocking=True) for video in videos])  # (B, views, T, 3, H, W)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(views.flatten(0, 1))
-        scores = logits.float().softmax(-1).unflatten(0, views.shape[:2]).mean(1)  # (B, classes)
-        scores, classes = scores.topk(min(5, scores.shape[1]))
-        batches.append(([video[1:3] for video in videos], classes, scores))
+    try:
+        for videos in tqdm(loader, title, unit="batch", leave=False, disable=rank > 0):
+            rows += [(index, label, [], [], error) for views, label, index, error in videos if views is None]
+            videos = [video for video in videos if video[0] is not None]
+            if not videos:
+                continue
+            views = torch.stack([video[0].to(device, non_blocking=True) for video in videos])  # (B, views, T, 3, H, W)
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = model(views.flatten(0, 1))
+            scores = logits.float().softmax(-1).unflatten(0, views.shape[:2]).mean(1)  # (B, classes)
+            scores, classes = scores.topk(min(5, scores.shape[1]))
+            batches.append(([video[1:3] for video in videos], classes, scores))
+    except SystemExit:  # a signal
+        tqdm.write(f"{title}: {len(rows) + sum(len(batch[0]) for batch in batches)} of {len(shard)} videos were done")
+        raise
     for videos, classes, scores in batches:  # read from the device only now, since every read waits for it
         rows += [(index, label, c, s, None) for (label, index), c, s in zip(videos, classes.tolist(), scores.tolist())]
     model.train(was_training)
-    return sorted(gather(rows) if world > 1 else rows)
-
-def gather(rows):
-    """The lists of all processes, joined, in every process."""
-    shards = [None] * dist.get_world_size()
-    dist.all_gather_object(shards, rows)
-    return [row for shard in shards for row in shard]
+    return sorted(gather(rows))
 
 def summarise(rows):
     """Accuracies as fractions: over all videos, where one that cannot be read counts as wrong, and over the readable."""
@@ -149,23 +196,15 @@ def fingerprint(samples):
     lines = sorted(f"{os.path.splitext(os.path.basename(path))[0]}\t{label}\n" for path, label in samples)
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
-def at_least(least):
-    """The type, for argparse, of whole numbers from `least`."""
-    def parse(text):
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
-        return int(text)
-    return parse
-
-def number(least, most=float("inf")):
+at_least = lambda least: number(least, kind=int)
+def number(least, most=float("inf"), kind=float):
     """The type, for argparse, of numbers from `least` to `most`."""
     def parse(text):
-        try:
-            if least <= float(text) <= most:
-                return float(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        what = f"{'whole ' * (kind is int)}number from {least}" + f" to {most}" * (most < float("inf"))
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}")
     return parse
 
 def parse_views(text):
@@ -174,14 +213,6 @@ def parse_views(text):
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not CLIPSxCROPS, such as 3x1")
     return int(match[1]), int(match[2])
-
-def show_videos(rows, clips, names):
-    """Print the five likeliest classes of each video; 1 if one could not be read, else 0."""
-    for index, _, classes, scores, error in rows:
-        print(clips.samples[index][0] if error is None else error)
-        for c, score in zip(classes, scores):
-            print(f"  {100 * score:5.1f} %  {names[c]}")
-    return int(any(error for *_, error in rows))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Accuracy of a checkpoint over all views, or what is in a video.")
@@ -201,8 +232,10 @@ def main(argv=None):
     parser.add_argument("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
     args = parser.parse_intermixed_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
-    rank, world, device = start_processes()
+    with processes("evaluate.py") as (rank, world, device):
+        return evaluate(args, rank, device)
 
+def evaluate(args, rank, device):
     def set_up():
         dtype = autocast_type(args.amp, device)
         model, content = models.load_checkpoint(args.checkpoint, args.backbone, args.pretrained)
@@ -217,46 +250,44 @@ def main(argv=None):
             if videos.classes != run["classes"]:
                 raise data.DataError(f"the classes of {source} ({len(videos.classes)}) are not the {len(run['classes'])} that"
                                      " the checkpoint knows")
-            was = run.get("val_fingerprint") if same else None
-            if rank == 0 and was and was != fingerprint(videos.val):
+            if rank == 0 and same and run.get("val_fingerprint") not in (None, fingerprint(videos.val)):
                 print(f"note: these {len(videos.val)} validation videos are not the {run['val_videos']} of the training, which may"
                       " have seen some of them")
             samples, missing = videos.val[:args.limit], sum(split == "val" for split, _ in videos.missing)
         if args.predictions:
             open(args.predictions, "a").close()  # better now than after the evaluation
-        return dtype, model.to(device).prepare(dtype, args.compile), run, samples, missing
+        return dtype, models.prepare(model.to(device), dtype, args.compile), run, samples, missing
 
     dtype, model, run, samples, missing = in_turn(set_up)
     views, names = args.views or tuple(run["views"]), run["classes"]
     clips = Views(samples, model.num_frames, model.visual.image_size[0], run["sampling"], run["test_stride"], views)
     rows = predict(model, clips, device, dtype, 1 if args.video else args.batch, 0 if args.video else args.workers)
-    if world > 1:
-        dist.destroy_process_group()
     if rank > 0:
         return 0
     if args.video:
-        return show_videos(rows, clips, names)
+        for index, _, classes, scores, error in rows:
+            print(clips.samples[index][0] if error is None else error)
+            for c, score in zip(classes, scores):
+                print(f"  {100 * score:5.1f} %  {names[c]}")
+        return int(any(error for *_, error in rows))
     result = dict(summarise(rows), checkpoint=args.checkpoint, data=args.data or run["data"], views="%dx%d" % views,
-                  split=args.split, limit=args.limit, missing=missing, fingerprint=fingerprint(samples))
+                  split=args.split, limit=args.limit, missing=missing, fingerprint=fingerprint(samples),
+                  unreadable=[clips.samples[row[0]][0] for row in rows if row[-1]])
     print(f"top-1 {100 * result['top1']:.2f} %   top-5 {100 * result['top5']:.2f} %   ({result['videos']} videos,"
           f" {views[0]} clips x {views[1]} crops)" + (f"; {missing} listed videos are not there" if missing else ""))
     if result["failed"]:
         print(f"{result['failed']} videos could not be read and count as wrong; over the readable ones top-1"
               f" {100 * result['top1_readable']:.2f} %, top-5 {100 * result['top5_readable']:.2f} %")
-        for *_, error in [row for row in rows if row[-1]][:10]:
-            print(f"  {error}")
-    result["unreadable"] = [clips.samples[row[0]][0] for row in rows if row[-1]]
+        print(*[f"  {error}" for *_, error in rows if error][:10], sep="\n")
     if args.predictions:
         with open(args.predictions, "w", newline="", errors="surrogateescape") as out:
             table = csv.writer(out)
-            best = range(1, min(5, len(names)) + 1)
-            table.writerow(["video", "label"] + [f"{what}{i}" for i in best for what in ("class", "score")])
+            table.writerow(["video", "label"] + [f"{k}{i + 1}" for i in range(min(5, len(names))) for k in ("class", "score")])
             for index, label, classes, scores, _ in rows:
                 table.writerow([clips.samples[index][0], names[label]]
                                + [cell for c, s in zip(classes, scores) for cell in (names[c], f"{s:.6f}")])
         print(f"wrote {args.predictions}")
-    split = f"-split{args.split}" if args.split else ""
-    file = os.path.splitext(args.checkpoint)[0] + f".{result['data']}{split}.json"
+    file = os.path.splitext(args.checkpoint)[0] + f".{result['data']}" + f"-split{args.split}" * bool(args.split) + ".json"
     try:
         with open(file, "w") as out:
             json.dump(result, out, indent=1)

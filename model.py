@@ -6,20 +6,18 @@
 import argparse
 import difflib
 import hashlib
+import io
 import json
 import logging
-import mmap
 import os
 import zipfile
-from functools import partial
 
 import open_clip
 import safetensors.torch
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from adapters import FRAME_METHODS, PEERS, DualPathBlock, compare, count
+from adapters import FRAME_METHODS, PEERS, DualPathBlock, compare, count, prepare
 from grid import check_divides, frameset, position_code
 
 METHODS = ("dualpath", *FRAME_METHODS)
@@ -104,7 +102,8 @@ def load_strictly(module, own, state, what):
              + [f"{k} has shape {have[k]}, not {want[k]}" for k in want if k in have and have[k] != want[k]])
     if wrong:
         raise ModelError(f"{what}: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-    module.load_state_dict(state, strict=False)
+    if not any(t.is_meta for t in own.values()):
+        module.load_state_dict(state, strict=False)
 
 # ---------------------------------------------------------------- the video models
 class FrameModel(nn.Module):
@@ -144,24 +143,6 @@ class FrameModel(nn.Module):
         for block, adapted in zip(self.visual.transformer.resblocks, self.blocks):
             x = self.run(adapted, block, x)
         return self.class_feature(x, video.shape[0]), None
-
-    def prepare(self, dtype=None, compile=False, checkpoint_activations=False):
-        """Make ready for long work under autocast to dtype: hold the frozen weights in it, else cast at every call; compile the
-        blocks, which share their graphs; keep only the blocks' inputs for backward, and compute the rest again."""
-        if checkpoint_activations:
-            self.run = partial(checkpoint, use_reentrant=False)
-        for p in [p for p in self.visual.parameters() if not p.requires_grad]:
-            p.data = p.data.to(dtype or p.dtype)
-        if compile:
-            try:  # something small, so that a missing compiler is a sentence now
-                torch.compile(torch.neg)(self.mean)
-            except Exception as error:  # each backend raises its own kinds
-                raise ModelError(f"--compile does not work on this machine: {error}")
-            dynamo = torch._dynamo.config  # it would cut the (small) graphs for DDP and, past its limit, go on without compiling
-            dynamo.optimize_ddp, dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = False, 64, True
-            for block in self.blocks:
-                block.compile()
-        return self
 
     def check(self, video):
         want, shape = (self.num_frames, 3, *self.visual.image_size), tuple(video.shape)
@@ -265,27 +246,36 @@ def save_checkpoint(path, model, run, training=None):
     values that describe data and recipe, class names among them; training: what resuming needs, or None."""
     content = dict(format=1, model=model.config, weights=saved_weights(model), fingerprint=model.fingerprint, run=run,
                    training=training, versions=dict(torch=str(torch.__version__), open_clip=open_clip.__version__))
-    torch.save(content, f"{path}.tmp")
-    with open(f"{path}.tmp", "rb+") as file:
-        file.write(MARK + hashlib.file_digest(file, "sha256").hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            file.writelines([whole.getbuffer(), MARK + hashlib.sha256(whole.getbuffer()).hexdigest().encode()])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        raise ModelError(f"cannot write {path}, which stays as it was: {error.strerror or error}")
 
 def read_checkpoint(path):
     """The content of a checkpoint, once its SHA-256 has been checked; raises ModelError."""
     if not os.path.isfile(path):
         raise ModelError(f"there is no checkpoint {path}")
-    tail = len(MARK) + 64
     with open(path, "rb") as file:
-        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if os.path.getsize(path) > tail else b""
-    if bytes(whole[-tail:]) != MARK + hashlib.sha256(whole[:-tail]).hexdigest().encode():
+        whole, mark, digest = file.read().rpartition(MARK)
+    if not mark or digest != hashlib.sha256(whole).hexdigest().encode():
         raise ModelError(f"{path} is not a checkpoint of this project, or is damaged: its SHA-256 does not fit its content")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    try:  # whoever made the file: no code is run, nothing unpacks to more than the file, no tensor is larger than its bytes
+        packed = any(entry.compress_type for entry in zipfile.ZipFile(io.BytesIO(whole)).infolist())
+        content = None if packed else torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
+        whole = lambda t: type(t) is torch.Tensor and t.is_cpu and t.is_contiguous() and t.is_floating_point()
+        sound = (content["format"] == 1 and len(content["run"]["classes"]) == content["model"]["num_classes"]
+                 and all(map(whole, content["weights"].values())))
     except Exception:  # pickle, zip and C++ readers each raise their own kinds
-        content = None
-    if not isinstance(content, dict) or content.get("format") != 1:
+        sound = False
+    if not sound:
         raise ModelError(f"{path} is refused: it holds other things than this project's plain values and tensors")
     return content
 
@@ -302,11 +292,20 @@ def load_checkpoint(path, backbone=None, pretrained=None):
     """Rebuild the model of a checkpoint, in eval mode → (model, the checkpoint's content); raises ModelError.
     backbone, pretrained: where the same image model is found here, if not where it was in training."""
     content = read_checkpoint(path)
-    config = dict(content["model"], backbone=backbone or content["model"]["backbone"])
-    if config["pretrained"] is not None:  # else, as with `full`, the checkpoint holds every weight
-        config["pretrained"] = None if config["method"] == "full" else pretrained or config["pretrained"]
-    model = build_model(**config)
-    load_weights(model, content, path)
+    try:
+        config = dict(content["model"], backbone=backbone or content["model"]["backbone"])
+        if config["pretrained"] is not None:  # else, as with `full`, the checkpoint holds every weight
+            config["pretrained"] = None if config["method"] == "full" else pretrained or config["pretrained"]
+        with torch.device("meta"):  # first without memory: a small file can claim a model of any size
+            claimed = build_model(**dict(config, pretrained=None))
+            claimed.config = content["model"]
+            load_strictly(claimed, saved_weights(claimed), content["weights"], f"{path} does not fit the model")
+        if sum(t.nbytes for t in [*claimed.buffers(), claimed.visual.positional_embedding]) > 1 << 30:
+            raise ModelError(f"{path} is refused: no model has so many frames, or frames so large")
+        model = build_model(**config)
+        load_weights(model, content, path)
+    except (TypeError, LookupError, RuntimeError, OverflowError, ArithmeticError, AttributeError) as error:
+        raise ModelError(f"{path} is refused: its configuration makes no model: {error}")
     return model.eval(), content
 
 def export_image_model(model, folder):
@@ -338,7 +337,7 @@ def report(args):
             with torch.device("meta"):  # shapes without memory: counting needs no weights
                 rows.append({"method": method + "+A_t0" * ("pre_attention_adapter" in options)} | count(build_model(**config)))
             if args.bench:
-                models.append(build_model(**config).to(device).prepare(dtype, args.compile, args.checkpoint_activations))
+                models.append(prepare(build_model(**config).to(device), dtype, args.compile, args.checkpoint_activations))
         if args.bench:
             rate = compare(rows, models, load_image_model(backbone, None).to(device, dtype), args.batch, args.rounds)
         cells = [[str(cell) for cell in line] for line in [rows[0], *(row.values() for row in rows)]]
@@ -373,7 +372,7 @@ def main(argv=None):
             print(f"wrote {args.export[1]}; use it with --backbone local-dir:{args.export[1]}")
         else:
             report(args)
-    except (ModelError, torch.OutOfMemoryError) as error:
+    except (ModelError, OSError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"model.py: {str(error).splitlines()[0]}")
 
 if __name__ == "__main__":

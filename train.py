@@ -7,13 +7,15 @@
              train.py --data k400                                          # two nodes, the same line on both
 
 Every option has its default from the recipe of the data set, below. Writes log.jsonl, last.pt, best.pt
-and, if videos could not be read, failed.txt to --out.
+and, if videos could not be read, failed.txt to --out. A run that was cut off, anywhere, goes on with --resume.
 """
 import argparse
 import contextlib
 import json
 import math
 import os
+import re
+import sys
 import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle compute threads keep cores from those that decode
@@ -22,14 +24,14 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import adapters
 import data
 import model as models
-from evaluate import (Views, at_least, autocast_type, fingerprint, gather, in_turn, number, parse_views, predict,
-                      start_processes, summarise)
+from evaluate import (Views, agree, at_least, autocast_type, fingerprint, gather, in_turn, leave_signals_to_the_parent, number,
+                      on_signals, parse_views, predict, processes, summarise)
 
 # What a data set needs beyond the defaults of the options. Names are those of the options. "Command" is a line in the authors'
 # release, "code" its defaults; batches are rounded to divide by 8 processes. Where the sampling is uniform it is the peers': the
@@ -50,8 +52,7 @@ RECIPES = {
     "diving48": dict(frames=16, sampling="uniform", batch=128, lr=7e-4, epochs=50, erasing=0.1, views=(3, 1)),
     # Own videos: the options' own defaults. Base lr and epochs are within what AIM and ST-Adapter used on Kinetics (1e-3 per
     # 256 clips, or 3e-4 at 64; 12 to 30 epochs); one frame from each segment (uniform) suits videos of any length.
-    "folder": dict(),
-    "list": dict(),
+    **dict.fromkeys(("folder", "list"), {}),
     # Eight drawn classes, 4 motions x 2 textures; needs no network and no GPU. position_scale: in a trial of 6
     # epochs the temporal path alone told the motion in 60 % of the videos at 0.15, in 99 % at 0.5, in 98 % at 1.
     "demo": dict(backbone="tiny", frames=16, spatial_frames=4, bottleneck=32, position_scale=0.5, batch=32, lr=0.04,
@@ -69,13 +70,12 @@ def parse(argv):
     add("--split", type=int, choices=(1, 2, 3), help="HMDB51's (default 1)")
     add("--out", help="folder of the run (default runs/DATA[-SPLIT]-METHOD[-PATHS]-sSEED)")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="continue the run in --out")
+    either.add_argument("--resume", nargs="?", const=True, metavar="CKPT", help="continue the run in --out, or that of CKPT")
     either.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
     add("--init", metavar="CKPT", help="start from this run's weights, with a new head")
     add("--limit", type=at_least(1), metavar="N", help="only the first N videos of each list, for a smoke run")
     add("--seed", type=at_least(0), default=0)
-    group = parser.add_argument_group("model")
-    add = group.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--method", choices=models.METHODS, default="dualpath")
     add("--paths", choices=("both", "spatial", "temporal"), default="both", help="DualPath's paths, for the ablation")
     add("--backbone", default="ViT-B-16-quickgelu", help="open_clip model, local-dir:DIR, or tiny")
@@ -89,20 +89,18 @@ def parse(argv):
     add("--position-scale", type=float, default=1.0, help="amplitude of DualPath's temporal position code")
     add("--pre-attention-adapter", action=argparse.BooleanOptionalAction, default=False, help="DualPath's A_t0")
     add("--serial-skip", action=argparse.BooleanOptionalAction, default=False, help="DualPath with z + h + A(h), not z + A(h)")
-    group = parser.add_argument_group("clips")
-    add = group.add_argument
+    add = parser.add_argument_group("clips").add_argument
     add("--sampling", choices=("dense", "uniform"), default="uniform", help="frames at a stride, or one per segment")
     add("--stride", type=at_least(1), nargs="+", metavar="N", default=(4,),
         help="between frames, if dense; of several, one by chance")
     add("--test-stride", type=at_least(1), default=4, help="the same in testing")
     add("--augment", choices=("rand", "crop", "translate"), default="rand",
         help="random resized crop with RandAugment or without, or whole-pixel shifts alone")
-    add("--crop-area", type=number(0, 1), default=0.08, help="least share of a frame that a random crop keeps (not with translate)")
+    add("--crop-area", type=number(0, 1), default=0.08, help="least share of a frame that a crop keeps (not with translate)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips (not with translate)")
     add("--erasing", type=number(0, 1), default=0.0, help="probability of random erasing (not with translate)")
     add("--views", type=parse_views, metavar="CLIPSxCROPS", default=(3, 1), help="test views that evaluate.py averages")
-    group = parser.add_argument_group("optimisation")
-    add = group.add_argument
+    add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=at_least(1), default=30)
     add("--warmup", type=number(0), default=3, help="epochs of rising learning rate")
     add("--batch", type=at_least(1), default=64, help="clips per step, over all processes")
@@ -113,20 +111,22 @@ def parse(argv):
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--checkpoint-activations", action="store_true", help="less memory, more time: each block runs forward twice")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--save-every", type=number(0), default=10, metavar="MINUTES", help="between checkpoints within an epoch")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="decoding processes, per training process")
-    known, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**RECIPES[known.data])
+    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].data])
     args = parser.parse_args(argv)
     args.pretrained = None if args.pretrained == "none" else args.pretrained
-    args.root = args.root or os.path.join("data", args.data)
-    args.stride = tuple(args.stride)
+    args.root, args.stride = args.root or os.path.join("data", args.data), tuple(args.stride)
     paths, split = "" if args.paths == "both" else f"-{args.paths}", f"-split{args.split}" if args.split else ""
     args.out = args.out or os.path.join("runs", f"{args.data}{split}-{args.method}{paths}-s{args.seed}")
     return args
 
 def main(argv=None):
     args = parse(argv)
-    rank, world, device = start_processes()
+    with processes("train.py") as (rank, world, device):
+        train(args, rank, world, device)
+
+def train(args, rank, world, device):
     say = print if rank == 0 else lambda *_: None  # rank 0 alone prints and writes
 
     # ---- data, model, optimiser
@@ -134,53 +134,46 @@ def main(argv=None):
         dtype = autocast_type(args.amp, device)
         resumed = find_run(args)
         videos = data.find_videos(args.data, args.root, args.split)  # draws the demo at first use
-        if args.batch % world:
-            raise data.DataError(f"--batch {args.batch} does not divide by {world} processes")
-        if args.batch > len(videos.train[:args.limit]):
-            raise data.DataError(f"--batch {args.batch} is larger than the data set:"
-                                 f" {len(videos.train[:args.limit])} training videos")
+        if args.batch > (most := len(videos.train[:args.limit])) or args.batch % world:
+            raise data.DataError(f"--batch {args.batch} must divide by {world} processes and be at most {most}, all clips")
         torch.manual_seed(args.seed)
-        model = models.build_model(  # downloads the weights at first use
-            args.method, len(videos.classes), args.backbone, args.pretrained, args.frames, args.spatial_frames, args.size,
-            bottleneck=args.bottleneck, dropout=args.dropout, pre_attention_adapter=args.pre_attention_adapter,
-            serial_skip=args.serial_skip, paths=args.paths, position_scale=args.position_scale, before=args.before)
+        same = ("method", "backbone", "pretrained", "spatial_frames", "bottleneck", "dropout", "pre_attention_adapter",
+                "serial_skip", "paths", "position_scale", "before")
+        model = models.build_model(num_classes=len(videos.classes), num_frames=args.frames, image_size=args.size,
+                                   **{name: vars(args)[name] for name in same})  # downloads the weights at first use
         if args.init:
             models.load_weights(model, models.read_checkpoint(args.init), args.init, head=False)
         if resumed:
             if resumed["run"]["classes"] != videos.classes:
                 raise data.DataError(f"{args.root} has other classes than the run in {args.out} that it should continue")
             models.load_weights(model, resumed, args.out)
-        return dtype, videos, model.to(device).prepare(dtype, args.compile, args.checkpoint_activations), resumed
+        return dtype, videos, adapters.prepare(model.to(device), dtype, args.compile, args.checkpoint_activations), resumed
 
     dtype, videos, model, resumed = in_turn(set_up)
     training, validation = videos.train[:args.limit], videos.val[:args.limit]
     run = dict(vars(args), classes=videos.classes, val_videos=len(videos.val), val_fingerprint=fingerprint(videos.val))
-    first_epoch = resumed["training"]["epoch"] if resumed else 0
-    if world > 1 and len(set(gather([first_epoch]))) > 1:
+    # Where the run is: whole epochs; of the next one the steps, the sum of their losses, what was unreadable; the log's lines.
+    state = dict(epoch=0, batch=0, loss=0.0, failed=[], best=-1.0, log=[])
+    state.update({name: resumed["training"][name] for name in state} if resumed else {})
+    if len(set(gather([(state["epoch"], state["batch"])]))) > 1:
         raise SystemExit(f"train.py: not all machines find the same last.pt in {args.out}: its disk must be one they share")
 
     size = model.visual.image_size[0]
     clips = data.Clips(training, args.frames, size, args.sampling, args.stride, args.augment, args.seed, flip=args.flip,
                        erasing=args.erasing, crop_area=args.crop_area)
-    order = BatchOrder(len(clips), args.batch, args.seed, rank, world)
-    loader = DataLoader(clips, batch_sampler=order, num_workers=args.workers, persistent_workers=args.workers > 0,
-                        pin_memory=device.type == "cuda", collate_fn=collate)
-    test_clips = Views(validation, args.frames, size, args.sampling, args.test_stride)
-
-    micro = min(args.micro_batch or args.batch, args.batch // world)
-    lr = args.lr * args.batch / 256
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=lr, fused=True)
-    warmup, total = args.warmup * len(order), args.epochs * len(order)
+    steps = len(clips) // args.batch  # of an epoch
+    micro, lr = min(args.micro_batch or args.batch, args.batch // world), args.lr * args.batch / 256
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(model, args.weight_decay), lr=lr, fused=True)
+    warmup, total = args.warmup * steps, args.epochs * steps
     rise_and_fall = lambda step: (min(1, (step + 1) / warmup) if step < warmup else
                                   0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rise_and_fall)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    step, best = first_epoch * len(order), -1.0
     if resumed:
-        optimizer.load_state_dict(resumed["training"]["optimizer"])
-        scheduler.load_state_dict(resumed["training"]["scheduler"])
-        scaler.load_state_dict(resumed["training"]["scaler"])
-        best = resumed["training"]["best"]
+        for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
+            part.load_state_dict(resumed["training"][name])
+        if any(v.shape not in ((), p.shape) for p, kept in optimizer.state.items() for v in kept.values()):
+            raise SystemExit("train.py: the optimiser's state in the checkpoint does not fit the model")
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     if world > 1:
         trained.broadcast_buffers = False  # DDP would send these constants at every step (its argument's name depends on torch)
@@ -191,159 +184,167 @@ def main(argv=None):
     say(f"model     {args.method} around {args.backbone}: {tuned / 1e6:.2f} M of {everything / 1e6:.2f} M weights are trained"
         + f"; a step exchanges {4e-6 * tuned:.1f} MB of gradients" * (world > 1))
     say(f"clips     {args.frames} frames of {size} px, {args.sampling}; the cost of {model.images} images")
-    say(f"training  {args.epochs} epochs of {len(order)} steps of {args.batch} clips, on {world} x {device.type},"
+    say(f"training  {args.epochs} epochs of {steps} steps of {args.batch} clips, on {world} x {device.type},"
         f" {str(dtype or torch.float32).removeprefix('torch.')}; learning rate {args.lr:g} x {args.batch}/256 = {lr:g}")
-    say(f"writes    {args.out}" + (f", resumed after epoch {first_epoch}" if resumed else ""))
+    say(f"writes    {args.out}" + (f", resumed after epoch {state['epoch']} and {state['batch']} steps" if resumed else ""))
 
-    in_turn(lambda: start_log(args, resumed) if rank == 0 else None)  # from here on the folder is this run's
+    in_turn(lambda: start_folder(args, resumed, state) if rank == 0 else None)  # from here on the folder is this run's
 
-    # ---- the loop
-    most = 0.05 * len(clips)  # so many unreadable videos an epoch may have
-    for epoch in range(first_epoch, args.epochs):
-        start = time.perf_counter()
-        order.epoch = epoch
-        trained.train()
-        loss_sum = torch.zeros((), device=device)  # stays on the device: reading it at every step would wait for the GPU
-        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", unit_scale=args.batch, unit="clip", leave=False,
-                   disable=rank > 0)
-        failures = set()
-        for batch, labels, failed in bar:
-            failures.update(failed)
-            if batch is None or len(failures) > min(most, 1.2 * most / world + 20):  # a process's share, with room for chance
-                raise log_failures(args, failures)
-            torch.manual_seed(hash((args.seed, step, rank)))  # dropout depends on the step, not on what came before
-            parts = list(zip(batch.split(micro), labels.split(micro)))
-            for i, (video, label) in enumerate(parts):
-                video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
-                last = world == 1 or i == len(parts) - 1
-                with contextlib.nullcontext() if last else trained.no_sync():  # processes exchange gradients once per step
-                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                        loss = F.cross_entropy(trained(video).float(), label, reduction="sum") / len(batch)
-                    scaler.scale(loss).backward()
-                loss_sum += loss.detach()
-            if args.clip_grad:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            lr = scheduler.get_last_lr()[0]
-            scheduler.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{loss_sum.item() / (step - epoch * len(order)):.3f}", lr=f"{lr:.2e}")
-        seconds = time.perf_counter() - start
-        if world > 1:
-            dist.all_reduce(loss_sum)
-            failures = set(gather(list(failures)))
-        if len(failures) > most or not math.isfinite(loss_sum.item()):  # in all processes alike
-            del trained  # for the reason given at the end
-            if world > 1:
-                dist.destroy_process_group()
-            if rank == 0 and len(failures) > most:
-                raise log_failures(args, failures)
-            raise SystemExit(f"train.py: the loss of epoch {epoch + 1} is not finite, so it is not saved; try a lower --lr, or"
-                             " --clip-grad 1" if rank == 0 else 1)
-        rows = predict(model, test_clips, device, dtype, micro, args.workers, "validating")
-        result = summarise(rows)
+    # ---- the loop. All that is drawn depends on (seed, epoch, index) or on (seed, step), never on what came before; all else that
+    # a run needs is saved. So a run that is cut off, anywhere, and resumed, ends as one that was not.
+    losses, failures, saved = [], [], time.monotonic()  # losses and messages of this process since they were last added up
 
+    def add_up():
+        """Add what has gathered to `state`, the only wait for the device, and end the run if it should not go on."""
+        values, new = torch.stack(losses).tolist() if losses else [], gather(failures)
+        for i, loss in enumerate(agree(*values)):
+            if not math.isfinite(loss):
+                at = state["batch"] - len(values) + i
+                mine = [] if math.isfinite(values[i]) else [training[j][0] for _, j in order[at]]
+                end(f"the loss of step {at + 1} of epoch {state['epoch'] + 1} is not finite, so nothing is saved any more; try a"
+                    " lower --lr, or --clip-grad 1; the step's clips: " + ", ".join(gather(mine)))
+            state["loss"] += loss / world
+        state["failed"] = sorted({*state["failed"], *new})
+        log_failures(args, new if rank == 0 else [])
+        losses.clear(), failures.clear()
+        if len(state["failed"]) > 0.05 * len(clips):
+            end(f"{len(state['failed'])} training videos could not be read in epoch {state['epoch'] + 1}, and 5 % of all are the"
+                f" most that a run bears; {args.out}/failed.txt lists them")
+
+    def save():
+        add_up()
+        if not torch.nn.utils.get_total_norm([p.detach() for p in model.parameters() if p.requires_grad]).isfinite():
+            end("weights are not finite any more, so they are not saved; try a lower --lr, or --clip-grad 1")
         if rank == 0:
-            line = dict(epoch=epoch + 1, lr=lr, train_loss=loss_sum.item() / len(order) / world,
-                        val_top1=result["top1"], val_top5=result["top5"],
-                        clips_per_second=round(len(order) * args.batch / seconds, 2),
-                        seconds=round(time.perf_counter() - start, 2), failed=len(failures), val_failed=result["failed"])
-            log_failures(args, failures | {error for *_, error in rows if error})
-            with open(os.path.join(args.out, "log.jsonl"), "a") as log:
-                log.write(json.dumps(line) + "\n")
-            say(f"epoch {epoch + 1:3d}   loss {line['train_loss']:.3f}   top-1 {100 * result['top1']:.2f} %"
-                f"   top-5 {100 * result['top5']:.2f} %   {line['clips_per_second']:.1f} clips/s   {line['seconds']:.0f} s"
-                + f"   {len(failures)} + {result['failed']} unreadable, see failed.txt" * bool(failures or result["failed"]))
-            if result["top1"] > best:
-                best = result["top1"]
-                models.save_checkpoint(os.path.join(args.out, "best.pt"), model, run)
             models.save_checkpoint(os.path.join(args.out, "last.pt"), model, run, dict(
-                optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), scaler=scaler.state_dict(),
-                epoch=epoch + 1, best=best))
-    say(f"best top-1 {100 * best:.2f} %; evaluate it with: python evaluate.py {os.path.join(args.out, 'best.pt')}")
-    del trained  # outliving the group, the wrapper can wait forever for a thread of gloo that waits for Python's lock
-    if world > 1:
-        dist.destroy_process_group()
+                state, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), scaler=scaler.state_dict()))
+            with open(os.path.join(args.out, "log.jsonl"), "w") as log:  # no line twice, and none that last.pt does not know
+                log.writelines(json.dumps(line) + "\n" for line in state["log"])
 
-class BatchOrder(Sampler):
-    """The training batches of this process: lists of (epoch, index). The order depends on (seed, epoch)
-    alone and is cut into global batches first, so any number of processes trains on the same ones."""
+    def end(why):  # called in all processes alike
+        raise SystemExit(f"train.py: {why}" if rank == 0 else 1)
 
-    def __init__(self, size, global_batch, seed=0, rank=0, world=1):
-        self.size, self.global_batch, self.seed, self.rank, self.world = size, global_batch, seed, rank, world
-        self.epoch = 0
+    save()  # if this cannot be written, better to know it now
+    for epoch in range(state["epoch"], args.epochs):
+        start, first, signals, unusable = time.perf_counter(), state["batch"], [], 0
+        order = batches(len(clips), epoch, args.batch, args.seed, rank, world)
+        loader = DataLoader(clips, batch_sampler=order[first:], num_workers=args.workers, pin_memory=device.type == "cuda",
+                            collate_fn=collate, worker_init_fn=leave_signals_to_the_parent)
+        trained.train()
+        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", steps, leave=False, disable=rank > 0, initial=first, unit="clip",
+                   unit_scale=args.batch)
+        with on_signals(lambda status: sys.exit(status) if 130 in signals else signals.append(status)):  # Ctrl-C again: at once
+            for batch, labels, failed in bar:
+                due = rank == 0 and time.monotonic() > saved + 60 * args.save_every
+                signalled, due, unusable = agree(len(signals), due, batch is None)
+                if signalled:
+                    break
+                if due:
+                    save()
+                    saved = time.monotonic()
+                failures += failed
+                if unusable:
+                    break
+                torch.manual_seed(hash((args.seed, epoch * steps + state["batch"], rank)))  # for dropout
+                parts = list(zip(batch.split(micro), labels.split(micro)))
+                losses.append(torch.zeros((), device=device))
+                for i, (video, label) in enumerate(parts):
+                    video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
+                    last = world == 1 or i == len(parts) - 1
+                    with contextlib.nullcontext() if last else trained.no_sync():  # processes exchange gradients once per step
+                        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                            loss = F.cross_entropy(trained(video).float(), label, reduction="sum") / len(batch)
+                        scaler.scale(loss).backward()
+                    losses[-1] += loss.detach()
+                if args.clip_grad:
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+                scaler.step(optimizer)
+                scaler.update()
+                scheduler.step()
+                optimizer.zero_grad()
+                state["batch"] += 1
+                if len(losses) == 20:
+                    add_up()
+                    bar.set_postfix(loss=f"{state['loss'] / state['batch']:.3f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
+            save()  # also of a whole epoch, which may be cut off while it is validated
+            if unusable:
+                end(f"ten training videos, one after the other, could not be read; {args.out}/failed.txt lists them")
+            if any(agree(len(signals))):
+                raise SystemExit(max(signals, default=143))
+        seconds = time.perf_counter() - start
+        views = Views(validation, args.frames, size, args.sampling, args.test_stride)
+        rows = predict(model, views, device, dtype, micro, args.workers, "validating")
+        result, step = summarise(rows), (epoch + 1) * steps
+        line = dict(epoch=epoch + 1, lr=lr * rise_and_fall(step - 1), train_loss=state["loss"] / steps,
+                    val_top1=result["top1"], val_top5=result["top5"],
+                    clips_per_second=round((steps - first) * args.batch / seconds, 2),
+                    seconds=round(time.perf_counter() - start, 2), failed=len(state["failed"]), val_failed=result["failed"],
+                    skipped=step - int(next(iter(optimizer.state.values()))["step"]))  # with fp16 not every step is taken
+        if rank == 0:
+            log_failures(args, [error for *_, error in rows if error])
+            if result["top1"] > state["best"]:
+                models.save_checkpoint(os.path.join(args.out, "best.pt"), model, run)
+        state.update(epoch=epoch + 1, batch=0, loss=0.0, failed=[], best=max(state["best"], result["top1"]))
+        state["log"].append(line)
+        save()
+        say(f"epoch {epoch + 1:3d}   loss {line['train_loss']:.3f}   top-1 {100 * result['top1']:.2f} %"
+            f"   top-5 {100 * result['top5']:.2f} %   {line['clips_per_second']:.1f} clips/s   {line['seconds']:.0f} s"
+            + f"   {line['failed']} + {result['failed']} unreadable, see failed.txt" * bool(line["failed"] or result["failed"])
+            + f"   {line['skipped']} steps skipped" * (line["skipped"] > 0))
+    say(f"best top-1 {100 * state['best']:.2f} %; evaluate it with: python evaluate.py {os.path.join(args.out, 'best.pt')}")
 
-    def __len__(self):
-        return self.size // self.global_batch
-
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        for step in range(len(self)):
-            batch = order[step * self.global_batch:(step + 1) * self.global_batch]
-            yield [(self.epoch, int(i)) for i in np.array_split(batch, self.world)[self.rank]]
+def batches(size, epoch, global_batch, seed=0, rank=0, world=1):
+    """This process's part of each batch of an epoch, lists of (epoch, index). Their order depends on (seed, epoch) alone and is
+    cut into global batches first, so any number of processes trains on the same ones."""
+    order = np.random.default_rng([seed, epoch]).permutation(size)[:size // global_batch * global_batch]
+    return [[(epoch, int(i)) for i in np.array_split(batch, world)[rank]] for batch in order.reshape(-1, global_batch)]
 
 def collate(items):
     """Training items → clips (B, T, 3, S, S) uint8 (None after ten unreadable videos in a row), labels (B,), messages."""
     clips, labels, failures = zip(*items)
-    clips = None if any(clip is None for clip in clips) else torch.stack(clips)
-    return clips, torch.tensor(labels), sum(failures, [])
+    return None if any(clip is None for clip in clips) else torch.stack(clips), torch.tensor(labels), sum(failures, [])
 
 def find_run(args):
-    """The checkpoint of --out to continue from, or None. Raises DataError where a run is in the way: two in one folder
-    would spoil each other, so that the user says what is to become of the first."""
+    """The checkpoint to continue from, or None. DataError where a run is in the way: two in one folder would spoil each other."""
     last, best, log = (os.path.join(args.out, name) for name in ("last.pt", "best.pt", "log.jsonl"))
-    if args.resume and os.path.exists(last):
-        content = models.read_checkpoint(last)
-        free = ("out", "root", "init", "resume", "overwrite", "workers", "micro_batch", "compile", "checkpoint_activations")
+    path, occupied = last if args.resume is True else args.resume, any(map(os.path.exists, (last, best, log)))
+    if path and (path != last or os.path.exists(last)):
+        content = models.read_checkpoint(path)
+        free = "out root init resume overwrite workers micro_batch compile checkpoint_activations save_every".split()
         was = vars(parse(["--data", args.data])) | content["run"]  # an option that is younger than the run had its default
         differ = [f"--{k.replace('_', '-')} {v} (was {was.get(k)})" for k, v in vars(args).items()
                   if k not in free and was.get(k) != v]
         if differ:
-            raise data.DataError(f"{last} is of a run with other options: {', '.join(differ)}")
-        if content["training"] is None:
-            raise data.DataError(f"{last} holds weights only, like best.pt, and cannot be resumed: --init starts from them")
-        return content
-    if any(os.path.exists(path) for path in (last, best)) or (os.path.exists(log) and os.path.getsize(log)):
-        if not args.overwrite:
-            raise data.DataError(f"{args.out} holds a run already: --resume continues it from its last.pt, --overwrite deletes"
-                                 " it, --out DIR goes elsewhere")
-    elif args.resume and os.environ.get("RANK", "0") == "0":
+            raise data.DataError(f"{path} is of a run with other options: {', '.join(differ)}")
+        if "log" not in (content["training"] or {}):
+            raise data.DataError(f"{path} holds weights only, like best.pt, and cannot be resumed: --init starts from them")
+        if os.path.dirname(os.path.abspath(path)) == os.path.abspath(args.out) or not occupied:
+            return content
+    if occupied and not args.overwrite:
+        raise data.DataError(f"{args.out} holds a run already: --resume continues it from its last.pt, --overwrite deletes it,"
+                             " --out DIR goes elsewhere")
+    if args.resume and os.environ.get("RANK", "0") == "0":
         print(f"note: there is no {last} to resume from, so the run starts afresh")
     return None
 
-def start_log(args, resumed):
-    """Make the folder of the run; keep the log lines of the epochs that `resumed` has seen, and delete other leftovers."""
+def start_folder(args, resumed, state):
+    """Make the folder of the run, and delete what another has left there."""
     os.makedirs(args.out, exist_ok=True)
-    log = os.path.join(args.out, "log.jsonl")
-    lines = open(log).readlines() if resumed and os.path.exists(log) else []
-    with open(log, "w") as file:  # a run that died between its log line and its checkpoint is a line ahead
-        file.writelines(lines[:resumed["training"]["epoch"]] if resumed else [])
-    if not resumed:
-        for name in os.listdir(args.out):
-            if name in ("last.pt", "best.pt", "failed.txt") or name.startswith(("last.", "best.")) and name.endswith(".json"):
-                os.remove(os.path.join(args.out, name))
+    for name in os.listdir(args.out) if not resumed else ():
+        if re.fullmatch(r"(last|best)\..*|failed\.txt", name):
+            os.remove(os.path.join(args.out, name))
+    if not os.path.exists(os.path.join(args.out, "best.pt")):
+        state["best"] = -1.0  # the checkpoint came from elsewhere, alone
 
 def log_failures(args, failures):
-    """Add the messages that failed.txt does not have yet; returns what to raise if they are too many."""
+    """Add the messages that failed.txt does not have yet."""
     path = os.path.join(args.out, "failed.txt")
-    known = open(path, errors="surrogateescape").read().split("\n") if os.path.exists(path) else []
-    lines = {" ".join(failure.splitlines()) for failure in failures}
-    if lines.difference(known):
+    known = open(path, errors="surrogateescape").read().split("\n") if failures and os.path.exists(path) else []
+    lines = {" ".join(failure.splitlines()) for failure in failures}.difference(known)
+    if lines:
         with open(path, "a", errors="surrogateescape") as file:  # a path may hold any bytes
-            file.writelines(f"{line}\n" for line in sorted(lines.difference(known)))
-    return SystemExit(f"train.py: {len(lines)} training videos could not be read, and 5 % of all are the most that a run bears;"
-                      f" {path} lists them: {min(lines, default='')}")
-
-def parameter_groups(model, weight_decay):
-    """Weight decay for matrices; none for biases, norms, tokens and position embeddings."""
-    tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrix = lambda name, p: p.ndim > 1 and not name.endswith("embedding")
-    return [dict(params=[p for n, p in tuned if matrix(n, p)], weight_decay=weight_decay),
-            dict(params=[p for n, p in tuned if not matrix(n, p)], weight_decay=0.0)]
+            file.writelines(f"{line}\n" for line in sorted(lines))
 
 if __name__ == "__main__":
     main()
