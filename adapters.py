@@ -116,7 +116,7 @@ class DualPathBlock(nn.Module):
         images: its tensor has no rows, and every line still holds."""
         # Both paths use the same frozen weights and attention never crosses images, so the tokens of
         # both are one batch in each frozen call: one MHA and one MLP serve two paths.
-        images = [len(x), len(z)]
+        images = [x.shape[0], z.shape[0]]
         x_norm, z_norm = LN(block.ln_1, x), LN(block.ln_1, z)
         h_x, h_z = MHA(block, torch.cat([x_norm, self.A_t0(z_norm)])).split(images)
         x = x + h_x + self.A_s1(x_norm)

@@ -1,15 +1,19 @@
 """Frames to grid-like framesets, and the 3-D position code of their patches.
 
-    python grid.py clip.mp4 grid.png        # writes what the temporal path sees, as a picture
+    python grid.py clip.mp4 grid.png        # writes what the two paths see, as a picture
 
 The temporal path (section 3 of the paper) never attends across images. It sees time because 16
 consecutive frames, each shrunk by 4 x 4, are tiled into one image of the original size: attention
-between two patches of that image is attention between two moments. This file knows only tensors.
+between two patches of that image is attention between two moments. This file knows only tensors,
+and at its end how to draw them for people.
 """
+import math
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 def frameset(video, rows=4, cols=4):
     """Tile each run of rows·cols consecutive frames into one image of the frames' own size.
@@ -68,28 +72,66 @@ def position_code(num_framesets, height, width, patch, dim, rows=4, cols=4):
     x = x[None, None, :].expand(*t.shape[:3], d_yx)
     return torch.cat([y, x, t], dim=-1).flatten(1, 2).float()  # (framesets, patches, dim)
 
+# ---------------------------------------------------------------- pictures for people
+WIDTH, GAP = 1000, 8  # pixels
+
+def panel(title, height):
+    """A white stripe of a picture with its title → (image, its pen)."""
+    image = Image.new("RGB", (WIDTH, height + 36), "white")
+    pen = ImageDraw.Draw(image)
+    pen.font = ImageFont.load_default(15)
+    pen.text((GAP, GAP), title, "black")
+    return image, pen
+
+def row(title, pictures, captions):
+    """(n, H, W, 3) uint8 side by side. captions: n lists of texts, each written over its picture as on a square board."""
+    n, H, W, _ = pictures.shape
+    w = (WIDTH - GAP) // max(n, 2) - GAP
+    h = H * w // W
+    image, pen = panel(title, h)
+    for i, (picture, texts) in enumerate(zip(pictures, captions)):
+        left, side = GAP + i * (w + GAP), math.isqrt(len(texts))
+        image.paste(Image.fromarray(np.ascontiguousarray(picture)).resize((w, h)), (left, 32))
+        for j, text in enumerate(texts):
+            at = (left + j % side * w // side + 4, 32 + j // side * h // side + 2)
+            pen.text(at, text, "white", stroke_width=2, stroke_fill="black")
+    return image
+
+def stack(panels):
+    """Panels under each other, as one picture."""
+    whole = Image.new("RGB", (WIDTH, sum(p.height for p in panels) + GAP), "white")
+    for i, p in enumerate(panels):
+        whole.paste(p, (0, sum(above.height for above in panels[:i])))
+    return whole
+
 def main(argv=None):
     import av
-    from PIL import Image
     from torchvision.transforms import v2
 
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 2:
-        raise SystemExit("usage: python grid.py VIDEO PICTURE.png    (16 frames of the video as one frameset)")
+        raise SystemExit("usage: python grid.py VIDEO PICTURE.png    (frames of the video, as the two paths see them)")
     try:
         with av.open("file:" + argv[0]) as container:
             frames = [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
     except (av.FFmpegError, IndexError) as error:
-        raise SystemExit(f"cannot read {argv[0]} as a video: {error}")
+        raise SystemExit(f"grid.py: cannot read {argv[0]} as a video: {error}")
     if not frames:
-        raise SystemExit(f"{argv[0]} has no frames")
-    picked = [frames[i * len(frames) // 16] for i in range(16)]
-    video = torch.stack(picked).permute(0, 3, 1, 2)  # (16, 3, H, W)
-    side = min(video.shape[-2:]) // 4 * 4
-    video = v2.functional.center_crop(video, [side, side])
-    picture = frameset(video[None].float())[0, 0].round().byte()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(argv[1])
-    print(f"{argv[1]}: 16 of {len(frames)} frames as one {side}x{side} frameset, in time order")
+        raise SystemExit(f"grid.py: {argv[0]} has no frames")
+    T = 32 if len(frames) >= 32 else 16
+    numbers = [i * len(frames) // T for i in range(T)]
+    video = torch.stack([frames[i] for i in numbers]).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    video = v2.functional.center_crop(video, 2 * [min(video.shape[-2:]) // 4 * 4])
+    show, texts = lambda images: images.permute(0, 2, 3, 1).numpy(), [str(i) for i in numbers]
+    picture = stack([
+        row(f"spatial path: 8 of the {T} frames, each an image", show(video[::T // 8]), [[text] for text in texts[::T // 8]]),
+        row(f"temporal path: all {T} frames, shrunk by 4, 16 of them an image", show(frameset(video[None])[0]),
+            [texts[i:i + 16] for i in range(0, T, 16)])])
+    try:
+        picture.save(argv[1])
+    except (OSError, ValueError) as error:  # no such folder; no such kind of picture
+        raise SystemExit(f"grid.py: cannot write {argv[1]}: {error}")
+    print(f"{argv[1]}: {T} of {len(frames)} frames, with their numbers, as the two paths see them")
 
 if __name__ == "__main__":
     main()

@@ -28,6 +28,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from PIL import Image
 from torch.nn import functional as F
 
 import adapters
@@ -133,9 +134,30 @@ def test_grid_as_a_script(tmp_path, capsys):
     clip, picture = str(tmp_path / "a:b.mp4"), str(tmp_path / "grid.png")
     data.write_video(clip, data.draw_moving(1, "left", "vertical"))
     grid.main([clip, picture])
-    assert os.path.getsize(picture) > 0 and "64x64" in capsys.readouterr().out
+    assert "16 of 16 frames" in capsys.readouterr().out
+    drawn, frames = np.array(Image.open(picture)).astype(int), np.stack(decode_whole(clip))
+    size = (drawn.shape[1] - 8) // 8 - 8  # eight frames of 64 px across, enlarged
+    for i, number in enumerate(range(0, 16, 2)):
+        left = 8 + i * (size + 8)
+        want = np.array(Image.fromarray(frames[number]).resize((size, size)))
+        assert abs(drawn[32 + 30:32 + size, left:left + size] - want[30:]).max() <= 1  # below the number
+        assert (drawn[32:32 + 20, left:left + 20] == 255).any() and (drawn[32:32 + 20, left:left + 20] == 0).any()
+    half = (drawn.shape[1] - 8) // 2 - 8
+    tiles = grid.frameset(torch.from_numpy(frames).permute(0, 3, 1, 2)[None])[0, 0].permute(1, 2, 0).numpy()
+    want = np.array(Image.fromarray(tiles).resize((half, half)))
+    top = 32 + size + 4 + 32
+    assert abs(drawn[top + half - 90:top + half, 8 + half - 90:8 + half] - want[-90:, -90:]).max() <= 1
+    grid.main([video_of(tmp_path / "long.mp4", 40), picture])
+    assert "32 of 40 frames" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="cannot read .*test_all"):
         grid.main([__file__, picture])
+    for bad in ("/no/where/a.png", str(tmp_path / "a.xyz")):
+        with pytest.raises(SystemExit, match=f"cannot write {bad}"):
+            grid.main([clip, bad])
+
+def video_of(path, number):
+    data.write_video(str(path), numbered_frames(number))
+    return str(path)
 
 # ---------------------------------------------------------------- adapters.py
 
@@ -597,6 +619,15 @@ def test_compiled_blocks_compute_the_same_and_are_not_compiled_again_and_again(m
             assert model.eval()(video[:2]).shape == (2, 8)
     torch.testing.assert_close(got, want[0], rtol=1e-4, atol=1e-5)
     torch.compiler.reset()
+
+@pytest.mark.parametrize("options", [dict(serial_skip=True, pre_attention_adapter=True), dict(paths="temporal"), dict(method="aim")])
+def test_a_model_is_exported_with_any_batch(options):
+    model = randomise(models.build_model(**{**TINY, **options})).eval()
+    with torch.no_grad():
+        exported = torch.export.export(model, (random_video(3),), dynamic_shapes=dict(video={0: torch.export.Dim.DYNAMIC})).module()
+        for batch in (1, 3, 5):
+            video = random_video(batch)
+            torch.testing.assert_close(exported(video), model(video), rtol=1e-4, atol=1e-5)
 
 def test_wrong_video_is_refused():
     model = models.build_model(**TINY)
@@ -2038,7 +2069,7 @@ def test_a_run_that_is_cut_off_at_any_write_ends_as_if_it_had_not_been(tmp_path,
 
 def test_a_killed_process_resumes_to_the_bit(tmp_path, thorough):
     root, whole, parts = micro_set(tmp_path / "data", train=64), str(tmp_path / "whole"), str(tmp_path / "parts")
-    run = [script("train.py"), *SMALL, *ENDLESS, "--root", root, "--workers", "1", "--epochs", "3" if thorough else "2"]
+    run = [script("train.py"), *SMALL, *ENDLESS, "--root", root, "--workers", "1", "--epochs", "30" if thorough else "4"]
     process = start(*run, "--out", whole)
     process.communicate()
     assert process.returncode == 0
