@@ -35,10 +35,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 @contextlib.contextmanager
 def processes(script):
     """(rank, world, device), in a process group exactly if torchrun started us, until the work inside ends, however it ends."""
-    cuda, grouped, device, rank, world = torch.cuda.is_available(), "RANK" in os.environ, torch.device("cpu"), 0, 1
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    cuda, grouped, rank, world = torch.cuda.is_available(), "RANK" in os.environ, 0, 1
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    cuda and torch.cuda.set_device(device)
     if grouped:
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # processes that torchrun restarts find the addresses of the dead, else
@@ -51,19 +50,22 @@ def processes(script):
     except BaseException as error:
         # A DDP wrapper that outlives the group can wait forever for a thread of gloo that waits for Python's lock.
         traceback.clear_frames(error.__traceback__)
-        if isinstance(error, SystemExit) and error.code in (130, 143) and rank == 0:
+        for worker in torch.multiprocessing.active_children():  # else their videos in hand would be waited for
+            worker.kill()
+        what = str(error).strip().split("\n")
+        if isinstance(error, REFUSALS):
+            raise SystemExit(f"{script}: {what[-1]}")
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" in what[0]:
+            raise SystemExit(f"{script}: a process that reads videos has died; if for want of memory, fewer --workers ({what[0]})")
+        if isinstance(error, RuntimeError) and grouped and re.search("by peer|Broken pipe|imed out|remote process", str(error)):
+            raise SystemExit(f"{script}: process {rank} has lost another, which may have said why ({what[0]})")
+        if not isinstance(error, SystemExit):
+            raise  # the group is not left in order: NCCL would wait for processes that wait for this one
+        if error.code in (130, 143) and rank == 0:
             print(f"{script}: stopped by a signal" + "; --resume continues the run" * (script == "train.py"))
-        what, broken = str(error).strip().split("\n")[0], isinstance(error, RuntimeError)
-        if broken and "DataLoader worker" in what:
-            what = f"a process that reads videos has died, for want of memory perhaps: fewer --workers take less ({what})"
-        elif broken and grouped and re.search("gloo|nccl|socket", str(error), re.IGNORECASE):
-            what = f"process {rank} has lost another, which may have said why ({what})"
-        elif not isinstance(error, REFUSALS):
-            raise
-        raise SystemExit(f"{script}: {what}")
-    finally:
-        if grouped:
-            dist.destroy_process_group()
+        grouped and dist.destroy_process_group()
+        raise
+    grouped and dist.destroy_process_group()
 
 @contextlib.contextmanager
 def on_signals(act):
@@ -82,9 +84,8 @@ def leave_signals_to_the_parent(worker):
 
 def gather(rows):
     """The lists of all processes, joined, in every process."""
-    shards = [rows]
+    shards = [rows] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
-        shards *= dist.get_world_size()
         dist.all_gather_object(shards, rows)
     return [row for shard in shards for row in shard]
 
@@ -196,20 +197,19 @@ def fingerprint(samples):
     lines = sorted(f"{os.path.splitext(os.path.basename(path))[0]}\t{label}\n" for path, label in samples)
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
-at_least = lambda least: number(least, kind=int)
-def number(least, most=float("inf"), kind=float):
+at_least = lambda least: number(least, kind=int, what="whole number")
+def number(least, most=float("inf"), kind=float, what="number"):
     """The type, for argparse, of numbers from `least` to `most`."""
     def parse(text):
         with contextlib.suppress(ValueError):
             if least <= kind(text) <= most:
                 return kind(text)
-        what = f"{'whole ' * (kind is int)}number from {least}" + f" to {most}" * (most < float("inf"))
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {least}" + f" to {most}" * (most < float("inf")))
     return parse
 
 def parse_views(text):
     """'3x1' → (3 clips, 1 crop)."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not CLIPSxCROPS, such as 3x1")
     return int(match[1]), int(match[2])
@@ -246,7 +246,8 @@ def evaluate(args, rank, device):
             source = args.data or run["data"]
             same = source == run["data"]
             args.split = args.split or (run.get("split") if same else None)
-            videos = data.find_videos(source, args.root or (run["root"] if same else None), args.split, whole=("val",))
+            root = args.root or same and os.path.isdir(run["root"]) and run["root"]  # nothing is drawn where a checkpoint says
+            videos = data.find_videos(source, root, args.split, whole=("val",))
             if videos.classes != run["classes"]:
                 raise data.DataError(f"the classes of {source} ({len(videos.classes)}) are not the {len(run['classes'])} that"
                                      " the checkpoint knows")
@@ -286,7 +287,6 @@ def evaluate(args, rank, device):
             for index, label, classes, scores, _ in rows:
                 table.writerow([clips.samples[index][0], names[label]]
                                + [cell for c, s in zip(classes, scores) for cell in (names[c], f"{s:.6f}")])
-        print(f"wrote {args.predictions}")
     file = os.path.splitext(args.checkpoint)[0] + f".{result['data']}" + f"-split{args.split}" * bool(args.split) + ".json"
     try:
         with open(file, "w") as out:

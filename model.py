@@ -90,9 +90,8 @@ def load_tower(clip, path, backbone, image_size):
     state = {k.removeprefix("visual."): v.float() for k, v in state.items() if k.startswith("visual.")}
     load_strictly(clip.visual, clip.visual.state_dict(), state, f"{path} does not fit {backbone}")
     if os.environ.get("RANK", "0") == "0":  # once, not once per process
-        activation = type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__
-        print(f"note: {path} cannot tell its activation, {backbone} uses {activation}; OpenAI's, dfn2b's and metaclip's weights"
-              " want a -quickgelu backbone")
+        print(f"note: {path} cannot tell its activation; OpenAI's, dfn2b's and metaclip's weights want a -quickgelu backbone, and"
+              f" {backbone} uses {type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__}")
     return clip.visual
 
 def load_strictly(module, own, state, what):
@@ -102,8 +101,7 @@ def load_strictly(module, own, state, what):
              + [f"{k} has shape {have[k]}, not {want[k]}" for k in want if k in have and have[k] != want[k]])
     if wrong:
         raise ModelError(f"{what}: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-    if not any(t.is_meta for t in own.values()):
-        module.load_state_dict(state, strict=False)
+    module.load_state_dict(state, strict=False)
 
 # ---------------------------------------------------------------- the video models
 class FrameModel(nn.Module):
@@ -131,8 +129,7 @@ class FrameModel(nn.Module):
 
     def forward(self, video):
         """video: (B, T, 3, H, W) uint8 → logits (B, num_classes)."""
-        y_sp, y_tp = self.features(video)
-        return self.head(torch.cat([y for y in (y_tp, y_sp) if y is not None], dim=-1))
+        return self.head(torch.cat([y for y in reversed(self.features(video)) if y is not None], dim=-1))  # [y^TP ; y^SP]
 
     def features(self, video):
         """(B, T, 3, H, W) uint8 → (y_sp (B, d_out), None): there is no temporal path."""
@@ -255,8 +252,7 @@ def save_checkpoint(path, model, run, training=None):
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except OSError as error:
-        if os.path.exists(f"{path}.tmp"):
-            os.remove(f"{path}.tmp")
+        os.path.exists(f"{path}.tmp") and os.remove(f"{path}.tmp")
         raise ModelError(f"cannot write {path}, which stays as it was: {error.strerror or error}")
 
 def read_checkpoint(path):
@@ -267,17 +263,22 @@ def read_checkpoint(path):
         whole, mark, digest = file.read().rpartition(MARK)
     if not mark or digest != hashlib.sha256(whole).hexdigest().encode():
         raise ModelError(f"{path} is not a checkpoint of this project, or is damaged: its SHA-256 does not fit its content")
-    try:  # whoever made the file: no code is run, nothing unpacks to more than the file, no tensor is larger than its bytes
-        packed = any(entry.compress_type for entry in zipfile.ZipFile(io.BytesIO(whole)).infolist())
-        content = None if packed else torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
-        whole = lambda t: type(t) is torch.Tensor and t.is_cpu and t.is_contiguous() and t.is_floating_point()
-        sound = (content["format"] == 1 and len(content["run"]["classes"]) == content["model"]["num_classes"]
-                 and all(map(whole, content["weights"].values())))
+    try:  # whoever made the file: no code is run, nothing is larger than its bytes in the file
+        size = sum(e.file_size + len(whole) * e.compress_type for e in zipfile.ZipFile(io.BytesIO(whole)).infolist())
+        content = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True) if size <= len(whole) else None
+        sound = (all(ok and i < 10**6 for i, ok in enumerate(plain(content))) and content["format"] == 1
+                 and len(content["run"]["classes"]) == content["model"]["num_classes"])
     except Exception:  # pickle, zip and C++ readers each raise their own kinds
         sound = False
     if not sound:
         raise ModelError(f"{path} is refused: it holds other things than this project's plain values and tensors")
     return content
+
+def plain(value):
+    """For a value and all its parts: is it of a kind that checkpoints hold, and no tensor that is larger than its bytes?"""
+    yield type(value) in (dict, list, tuple, str, int, float, bool, type(None)) or value.is_cpu and value.is_contiguous()
+    for part in (*value, *value.values()) if type(value) is dict else value if type(value) in (list, tuple) else ():
+        yield from plain(part)
 
 def load_weights(model, content, path, head=True):
     """Copy a checkpoint's weights, or all but its head's, into a model that was built alike; raises ModelError."""
@@ -299,8 +300,8 @@ def load_checkpoint(path, backbone=None, pretrained=None):
         with torch.device("meta"):  # first without memory: a small file can claim a model of any size
             claimed = build_model(**dict(config, pretrained=None))
             claimed.config = content["model"]
-            load_strictly(claimed, saved_weights(claimed), content["weights"], f"{path} does not fit the model")
-        if sum(t.nbytes for t in [*claimed.buffers(), claimed.visual.positional_embedding]) > 1 << 30:
+            load_strictly(nn.Module(), saved_weights(claimed), content["weights"], f"{path} does not fit the model")
+        if claimed.num_frames > 9999 or sum(t.nbytes for t in [*claimed.buffers(), claimed.visual.positional_embedding]) > 1 << 30:
             raise ModelError(f"{path} is refused: no model has so many frames, or frames so large")
         model = build_model(**config)
         load_weights(model, content, path)

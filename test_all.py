@@ -2071,7 +2071,7 @@ def test_a_killed_process_resumes_to_the_bit(tmp_path, thorough):
     root, whole, parts = micro_set(tmp_path / "data", train=64), str(tmp_path / "whole"), str(tmp_path / "parts")
     run = [script("train.py"), *SMALL, *ENDLESS, "--root", root, "--workers", "1", "--epochs", "30" if thorough else "4"]
     process = start(*run, "--out", whole)
-    process.communicate()
+    process.communicate(timeout=300)
     assert process.returncode == 0
     rng, kills, positions = np.random.default_rng(0), 20 if thorough else 2, set()
     while kills:
@@ -2079,14 +2079,14 @@ def test_a_killed_process_resumes_to_the_bit(tmp_path, thorough):
         wait_for(process, "writes")
         time.sleep(rng.uniform(0, 1.5))
         os.killpg(process.pid, signal.SIGKILL)
-        printed = process.communicate()[0]
+        printed = process.communicate(timeout=300)[0]
         assert process.returncode == -signal.SIGKILL, printed
         kills -= 1
         if os.path.exists(f"{parts}/last.pt"):
             training = models.read_checkpoint(f"{parts}/last.pt")["training"]
             positions.add((training["epoch"], training["batch"]))
     process = start(*run, "--out", parts, "--resume")
-    printed = process.communicate()[0]
+    printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0, printed
     assert_same_run(whole, parts)
     assert len(positions) >= (8 if thorough else 1)
@@ -2189,6 +2189,28 @@ def test_steps_that_fp16_skips_are_counted_and_shown(micro, tmp_path, monkeypatc
     train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "run"), "--method", "linear", "--limit", "8"])
     assert [line["skipped"] for line in lines(tmp_path / "run")] == [1, 1] and "1 steps skipped" in capsys.readouterr().out
 
+@pytest.mark.parametrize("spoil", [lambda s: s[0].update(exp_avg=torch.zeros(3)), lambda s: s[0].update(exp_avg=torch.zeros(1).expand(s[0]["exp_avg"].shape))])
+def test_an_optimiser_state_that_does_not_fit_is_refused(spoil, micro, tmp_path):
+    run = SMALL + ["--root", micro, "--out", str(tmp_path / "run"), "--epochs", "1"]
+    train.main(run)
+    content = models.read_checkpoint(str(tmp_path / "run" / "last.pt"))
+    spoil(content["training"]["optimizer"]["state"])
+    seal(tmp_path / "run" / "last.pt", packed(content))
+    with pytest.raises(SystemExit, match="is refused|does not fit the model"):
+        train.main(run + ["--resume"])
+
+def test_a_signal_while_the_epochs_checkpoint_is_written_is_not_lost(micro, tmp_path, monkeypatch):
+    saves, original = [], models.save_checkpoint
+    def signalled(path, *args):
+        original(path, *args)
+        saves.append(path)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(models, "save_checkpoint", signalled)
+    with pytest.raises(SystemExit) as error:
+        train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "run")])
+    assert error.value.code == 143 and len(saves) == 2
+
 def test_resume_takes_a_file_and_refuses_what_is_none(micro, tmp_path, capsys):
     one, other, run = str(tmp_path / "one"), str(tmp_path / "other"), SMALL + ["--root", micro]
     train.main(run + ["--out", one])
@@ -2201,6 +2223,31 @@ def test_resume_takes_a_file_and_refuses_what_is_none(micro, tmp_path, capsys):
     train.main(run + ["--out", str(tmp_path / "third"), "--seed", "1"])
     with pytest.raises(SystemExit, match="third holds a run already"):
         train.main(run + ["--out", str(tmp_path / "third"), "--resume", f"{one}/last.pt"])
+    for absent in (f"{tmp_path}/new/last.pt", ""):
+        with pytest.raises(SystemExit, match="there is no checkpoint"):
+            train.main(run + ["--out", str(tmp_path / "new"), "--resume", absent])
+    shutil.copy(f"{one}/last.pt", f"{one}/kept.pt")  # going on from it would overwrite what is further
+    with pytest.raises(SystemExit, match="one holds a run already"):
+        train.main(run + ["--out", one, "--resume", f"{one}/kept.pt"])
+
+def test_a_folder_whose_start_failed_can_be_used_again(micro, tmp_path, monkeypatch):
+    run = SMALL + ["--root", micro, "--out", str(tmp_path / "run")]
+    train.main(run)
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SystemExit, match="cannot write .*No space left"):
+            train.main(run + ["--overwrite"])
+    train.main(run + ["--resume"])
+    assert len(lines(tmp_path / "run")) == 2
+
+def test_the_initial_weights_are_not_needed_to_resume(micro, tmp_path):
+    out, first = str(tmp_path / "run"), str(tmp_path / "first.pt")
+    save(models.build_model(**dict(TINY, bottleneck=8)), first)
+    train.main(SMALL + ["--root", micro, "--out", out, "--init", first])
+    os.remove(first)
+    train.main(SMALL + ["--root", micro, "--out", out, "--init", first, "--resume"])
 
 def torchrun(*arguments):
     return start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--signals-to-handle",
@@ -2265,14 +2312,24 @@ def packed(content):
     torch.save(content, file)
     return file.getvalue()
 
+def laughs(depth):
+    value = ["ha"]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
 HOSTILE = {
     "a head with strides of 0": lambda c: c["weights"].update({"head.2.weight": torch.zeros(1).expand(10**9, 128)}),
     "a head on no device": lambda c: c["weights"].update({"head.2.weight": torch.zeros(10**9, 128, device="meta")}),
-    "classes by the billion": lambda c: (c["model"].update(num_classes=10**9), c["run"].update(classes=range(10**9))),
+    "classes by the million": lambda c: (c["model"].update(num_classes=900_000), c["run"].update(classes=900_000 * ["x"])),
+    "more values than bytes": lambda c: c["run"].update(laughs=laughs(40)),
+    "tensors in other places": lambda c: c.update(training=dict(optimizer=dict(state={0: dict(exp_avg=torch.zeros(1).expand(10**9))}))),
+    "a kind that is not plain": lambda c: c["run"].update(data=Counter("abc")),
     "names for other classes": lambda c: c["run"].update(classes=c["run"]["classes"][:-1]),
     "huge adapters": lambda c: c["model"].update(bottleneck=10**9),
     "adapters beyond numbers": lambda c: c["model"].update(bottleneck=10**18),
     "frames by the billion": lambda c: c["model"].update(num_frames=16 * 10**8),
+    "frames by the thousand": lambda c: c["model"].update(num_frames=16 * 10**3),
     "huge frames": lambda c: c["model"].update(image_size=10**5),
     "no frames": lambda c: c["model"].update(spatial_frames=0),
     "a fractional width": lambda c: c["model"].update(bottleneck=0.5),
@@ -2283,7 +2340,6 @@ HOSTILE = {
     "no weights": lambda c: c["weights"].clear(),
     "a list of weights": lambda c: c.update(weights=[torch.zeros(3)]),
     "sparse weights": lambda c: c["weights"].update({"head.2.bias": torch.zeros(8).to_sparse()}),
-    "weights of whole numbers": lambda c: c["weights"].update({"head.2.bias": torch.zeros(8, dtype=torch.int64)}),
     "no run": lambda c: c.pop("run"),
     "another format": lambda c: c.update(format=2),
 }
@@ -2367,4 +2423,4 @@ def test_memory_and_files_stay_as_they_are(micro, tmp_path, thorough, monkeypatc
     assert (files[5:] <= files[2:5].max(axis=0)).all()
     growth = memory[-5:].mean(axis=0) / memory[5:10].mean(axis=0)
     print(f"after {number} batches: {files[-1]} files, {memory[-1] // 1024} MB, grown by {growth} from a third on")
-    assert (growth < 1.05).all()
+    assert (growth < (1.05 if thorough else 1.3)).all()

@@ -6,8 +6,8 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
              train.py --data k400                                          # two nodes, the same line on both
 
-Every option has its default from the recipe of the data set, below. Writes log.jsonl, last.pt, best.pt
-and, if videos could not be read, failed.txt to --out. A run that was cut off, anywhere, goes on with --resume.
+Every option has its default from the recipe of the data set, below. Writes log.jsonl, last.pt, best.pt and, if videos could not be
+read, failed.txt to --out. A run that was cut off, anywhere, goes on with --resume.
 """
 import argparse
 import contextlib
@@ -141,7 +141,7 @@ def train(args, rank, world, device):
                 "serial_skip", "paths", "position_scale", "before")
         model = models.build_model(num_classes=len(videos.classes), num_frames=args.frames, image_size=args.size,
                                    **{name: vars(args)[name] for name in same})  # downloads the weights at first use
-        if args.init:
+        if args.init and not resumed:
             models.load_weights(model, models.read_checkpoint(args.init), args.init, head=False)
         if resumed:
             if resumed["run"]["classes"] != videos.classes:
@@ -170,8 +170,8 @@ def train(args, rank, world, device):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rise_and_fall)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     if resumed:
-        for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
-            part.load_state_dict(resumed["training"][name])
+        for name, part in [("optimizer", optimizer), ("scheduler", scheduler)] + [("scaler", scaler)] * (dtype is torch.float16):
+            part.load_state_dict(resumed["training"][name] or part.state_dict())
         if any(v.shape not in ((), p.shape) for p, kept in optimizer.state.items() for v in kept.values()):
             raise SystemExit("train.py: the optimiser's state in the checkpoint does not fit the model")
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -218,8 +218,9 @@ def train(args, rank, world, device):
         if rank == 0:
             models.save_checkpoint(os.path.join(args.out, "last.pt"), model, run, dict(
                 state, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), scaler=scaler.state_dict()))
-            with open(os.path.join(args.out, "log.jsonl"), "w") as log:  # no line twice, and none that last.pt does not know
+            with open(os.path.join(args.out, "log.jsonl.tmp"), "w") as log:  # no line twice, and none that last.pt does not know
                 log.writelines(json.dumps(line) + "\n" for line in state["log"])
+            os.replace(log.name, os.path.join(args.out, "log.jsonl"))
 
     def end(why):  # called in all processes alike
         raise SystemExit(f"train.py: {why}" if rank == 0 else 1)
@@ -233,7 +234,7 @@ def train(args, rank, world, device):
         trained.train()
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", steps, leave=False, disable=rank > 0, initial=first, unit="clip",
                    unit_scale=args.batch)
-        with on_signals(lambda status: sys.exit(status) if 130 in signals else signals.append(status)):  # Ctrl-C again: at once
+        with on_signals(lambda status: sys.exit(status) if world == 1 and 130 in signals else signals.append(status)):
             for batch, labels, failed in bar:
                 due = rank == 0 and time.monotonic() > saved + 60 * args.save_every
                 signalled, due, unusable = agree(len(signals), due, batch is None)
@@ -268,17 +269,16 @@ def train(args, rank, world, device):
                     add_up()
                     bar.set_postfix(loss=f"{state['loss'] / state['batch']:.3f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
             save()  # also of a whole epoch, which may be cut off while it is validated
-            if unusable:
-                end(f"ten training videos, one after the other, could not be read; {args.out}/failed.txt lists them")
-            if any(agree(len(signals))):
-                raise SystemExit(max(signals, default=143))
+        if unusable:
+            end(f"ten training videos, one after the other, could not be read; {args.out}/failed.txt lists them")
+        if any(agree(len(signals))):
+            raise SystemExit(max(signals, default=143))
         seconds = time.perf_counter() - start
         views = Views(validation, args.frames, size, args.sampling, args.test_stride)
         rows = predict(model, views, device, dtype, micro, args.workers, "validating")
         result, step = summarise(rows), (epoch + 1) * steps
-        line = dict(epoch=epoch + 1, lr=lr * rise_and_fall(step - 1), train_loss=state["loss"] / steps,
-                    val_top1=result["top1"], val_top5=result["top5"],
-                    clips_per_second=round((steps - first) * args.batch / seconds, 2),
+        line = dict(epoch=epoch + 1, lr=lr * rise_and_fall(step - 1), train_loss=state["loss"] / steps, val_top1=result["top1"],
+                    val_top5=result["top5"], clips_per_second=round((steps - first) * args.batch / seconds, 2),
                     seconds=round(time.perf_counter() - start, 2), failed=len(state["failed"]), val_failed=result["failed"],
                     skipped=step - int(next(iter(optimizer.state.values()))["step"]))  # with fp16 not every step is taken
         if rank == 0:
@@ -292,7 +292,8 @@ def train(args, rank, world, device):
             f"   top-5 {100 * result['top5']:.2f} %   {line['clips_per_second']:.1f} clips/s   {line['seconds']:.0f} s"
             + f"   {line['failed']} + {result['failed']} unreadable, see failed.txt" * bool(line["failed"] or result["failed"])
             + f"   {line['skipped']} steps skipped" * (line["skipped"] > 0))
-    say(f"best top-1 {100 * state['best']:.2f} %; evaluate it with: python evaluate.py {os.path.join(args.out, 'best.pt')}")
+    if state["best"] >= 0:  # else best.pt has stayed where the checkpoint came from
+        say(f"best top-1 {100 * state['best']:.2f} %; evaluate it with: python evaluate.py {os.path.join(args.out, 'best.pt')}")
 
 def batches(size, epoch, global_batch, seed=0, rank=0, world=1):
     """This process's part of each batch of an epoch, lists of (epoch, index). Their order depends on (seed, epoch) alone and is
@@ -309,7 +310,7 @@ def find_run(args):
     """The checkpoint to continue from, or None. DataError where a run is in the way: two in one folder would spoil each other."""
     last, best, log = (os.path.join(args.out, name) for name in ("last.pt", "best.pt", "log.jsonl"))
     path, occupied = last if args.resume is True else args.resume, any(map(os.path.exists, (last, best, log)))
-    if path and (path != last or os.path.exists(last)):
+    if path is not None and (args.resume is not True or os.path.exists(last)):
         content = models.read_checkpoint(path)
         free = "out root init resume overwrite workers micro_batch compile checkpoint_activations save_every".split()
         was = vars(parse(["--data", args.data])) | content["run"]  # an option that is younger than the run had its default
@@ -319,11 +320,10 @@ def find_run(args):
             raise data.DataError(f"{path} is of a run with other options: {', '.join(differ)}")
         if "log" not in (content["training"] or {}):
             raise data.DataError(f"{path} holds weights only, like best.pt, and cannot be resumed: --init starts from them")
-        if os.path.dirname(os.path.abspath(path)) == os.path.abspath(args.out) or not occupied:
+        if os.path.abspath(path) == os.path.abspath(last) or not occupied:
             return content
     if occupied and not args.overwrite:
-        raise data.DataError(f"{args.out} holds a run already: --resume continues it from its last.pt, --overwrite deletes it,"
-                             " --out DIR goes elsewhere")
+        raise data.DataError(f"{args.out} holds a run already: --resume continues it, --overwrite deletes it, --out is another")
     if args.resume and os.environ.get("RANK", "0") == "0":
         print(f"note: there is no {last} to resume from, so the run starts afresh")
     return None
@@ -332,7 +332,7 @@ def start_folder(args, resumed, state):
     """Make the folder of the run, and delete what another has left there."""
     os.makedirs(args.out, exist_ok=True)
     for name in os.listdir(args.out) if not resumed else ():
-        if re.fullmatch(r"(last|best)\..*|failed\.txt", name):
+        if re.fullmatch(r"(last|best|log)\..*|failed\.txt", name):
             os.remove(os.path.join(args.out, name))
     if not os.path.exists(os.path.join(args.out, "best.pt")):
         state["best"] = -1.0  # the checkpoint came from elsewhere, alone
