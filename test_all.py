@@ -1,4 +1,5 @@
 """Every claim of the other files, tested: pytest test_all.py"""
+import copy
 import csv
 import hashlib
 import inspect
@@ -2362,8 +2363,18 @@ def test_a_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
     assert len(squeezed.getvalue()) < len(body)
-    with pytest.raises(models.ModelError, match="is refused"):
-        models.load_checkpoint(seal(tmp_path / "b.pt", squeezed.getvalue()))
+    shared = io.BytesIO()  # many names, one content
+    with zipfile.ZipFile(io.BytesIO(body)) as old, zipfile.ZipFile(shared, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+        largest = max(new.filelist, key=lambda entry: entry.file_size)
+        for i in range(10):
+            again = copy.copy(largest)
+            again.filename = f"{largest.filename}{i}"
+            new.filelist.append(again)
+    for file in (squeezed, shared):
+        with pytest.raises(models.ModelError, match="is refused"):
+            models.load_checkpoint(seal(tmp_path / "b.pt", file.getvalue()))
 
 def test_mutated_checkpoints_are_refused_or_the_same(tmp_path, thorough):
     model = models.build_model(**dict(TINY, method="linear"))
