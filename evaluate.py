@@ -231,7 +231,7 @@ def main(argv=None):
     parser.add_argument("--limit", type=at_least(1), help="only the first N videos")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
     args = parser.parse_intermixed_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a path may hold any bytes; notebooks cannot tell
     with processes("evaluate.py") as (rank, world, device):
         return evaluate(args, rank, device)
 

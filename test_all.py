@@ -160,6 +160,22 @@ def video_of(path, number):
     data.write_video(str(path), numbered_frames(number))
     return str(path)
 
+# ---------------------------------------------------------------- README.md
+
+def test_the_readmes_table_from_paper_to_code_names_what_is_there():
+    section = open(script("README.md")).read().split("## From the paper to the code")[1].split("\n## ")[0]
+    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 12
+    for row in rows:
+        module = None
+        for name in re.findall(r"`([\w.]+)`", row):  # after the first, a name may stand without its file
+            file, _, attribute = name.rpartition(".")
+            module = sys.modules[file] if file else module
+            assert hasattr(module, attribute), name
+
+def script(name):
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+
 # ---------------------------------------------------------------- adapters.py
 
 def test_adapter_is_its_equation_and_starts_as_nothing():
@@ -1865,7 +1881,7 @@ def test_learning_rate_rises_then_falls_as_half_a_cosine(micro, tmp_path):
     assert [line["lr"] for line in lines(out)] == pytest.approx(want)
 
 @pytest.mark.parametrize("options, words", [
-    (["--batch", "99"], "--batch 99 must divide by 1 processes and be at most 16"), (["--amp", "fp16"], "--amp fp16 needs a CUDA GPU"),
+    (["--batch", "99"], "--batch 99 must divide by 1 processes, and there are 16"), (["--amp", "fp16"], "--amp fp16 needs a CUDA GPU"),
     (["--frames", "15"], "15.*16"), (["--size", "100"], "100.*96 or 104"), (["--bottleneck", "0"], None), (["--epochs", "0"], None),
     (["--batch", "-1"], None), (["--workers", "-1"], None), (["--out", __file__], "test_all.py"), (["--resume", "--overwrite"], None), (["--init", "absent.pt"], "no checkpoint absent.pt"), (["--erasing", "2"], None), (["--lr", "-1"], None), (["--warmup", "nan"], None), (["--dropout", "x"], None), (["--seed", "-1"], None), (["--split", "2"], "--split chooses"), (["--root", "/no/where"], "/no/where")])
 def test_mistakes_on_the_command_line_get_a_sentence(options, words, micro, tmp_path, capsys):
@@ -1989,9 +2005,6 @@ def start(*command, **options):
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", PYTHONPATH=os.path.dirname(os.path.abspath(__file__)))
     return subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, **options)
-
-def script(name):
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
 
 def wait_for(process, word):
     """The lines that the process prints, up to the one with the word."""

@@ -135,7 +135,7 @@ def train(args, rank, world, device):
         resumed = find_run(args)
         videos = data.find_videos(args.data, args.root, args.split)  # draws the demo at first use
         if args.batch > (most := len(videos.train[:args.limit])) or args.batch % world:
-            raise data.DataError(f"--batch {args.batch} must divide by {world} processes and be at most {most}, all clips")
+            raise data.DataError(f"--batch {args.batch} must divide by {world} processes, and there are {most} training clips")
         torch.manual_seed(args.seed)
         same = ("method", "backbone", "pretrained", "spatial_frames", "bottleneck", "dropout", "pre_attention_adapter",
                 "serial_skip", "paths", "position_scale", "before")
