@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -2003,8 +2004,12 @@ def test_two_processes_give_the_gradients_and_the_evaluation_of_one(micro, tmp_p
 def start(*command, **options):
     """A script of ours in a process, and a session, of its own; one thread, so that its sums have one order."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", PYTHONPATH=os.path.dirname(os.path.abspath(__file__)))
-    return subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True, **options)
+    process = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True, **options)
+    watchdog = threading.Timer(300, lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))  # nothing hangs
+    watchdog.daemon = True
+    watchdog.start()
+    return process
 
 def wait_for(process, word):
     """The lines that the process prints, up to the one with the word."""

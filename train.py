@@ -195,7 +195,7 @@ def train(args, rank, world, device):
     losses, failures, saved = [], [], time.monotonic()  # losses and messages of this process since they were last added up
 
     def add_up():
-        """Add what has gathered to `state`, the only wait for the device, and end the run if it should not go on."""
+        """Add what has gathered to `state` (which waits for the device), and end the run if losses or videos are too bad."""
         values, new = torch.stack(losses).tolist() if losses else [], gather(failures)
         for i, loss in enumerate(agree(*values)):
             if not math.isfinite(loss):
