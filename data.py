@@ -65,12 +65,6 @@ def read_frames(path, indices):
     except (av.FFmpegError, OSError, ValueError, LookupError, MemoryError) as error:
         raise VideoError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
-def count_frames(path):
-    """The number of frames that read_frames can give; raises VideoError."""
-    counts = []
-    read_frames(path, lambda count: counts.append(count) or [0])
-    return counts[0]
-
 def video_packets(container, path):
     """The best video stream, not blindly the first, and its compressed packets in decoding order."""
     stream = container.streams.best("video")
@@ -405,6 +399,11 @@ class Clips(Dataset):
             torch.manual_seed(int(rng.integers(2**62)))
             clip = self.transform(torch.from_numpy(frames).permute(0, 3, 1, 2))
         return clip.contiguous(), label, failures
+
+def collate(items):
+    """Items of Clips → clips (B, T, 3, S, S) uint8 (None after ten unreadable videos in a row), labels (B,), messages."""
+    clips, labels, failures = zip(*items)
+    return None if any(clip is None for clip in clips) else torch.stack(clips), torch.tensor(labels), sum(failures, [])
 
 # ---------------------------------------------------------------- drawn data: the demo and its stills
 MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}

@@ -874,6 +874,11 @@ def numbered_frames(number, height=48, width=64):
     blocks = np.repeat(bits * 200 + 20, width // 8, axis=1)
     return np.broadcast_to(blocks[:, None, :, None], (number, height, width, 3)).astype(np.uint8)
 
+def count_frames(path):
+    counts = []
+    data.read_frames(path, lambda count: counts.append(count) or [0])
+    return counts[0]
+
 def read_numbers(frames):
     middle = frames.mean(axis=(1, 3)).reshape(len(frames), 8, -1).mean(-1)
     return ((middle > 120) << np.arange(8)).sum(1).tolist()
@@ -881,7 +886,7 @@ def read_numbers(frames):
 def test_frames_are_the_ones_asked_for(tmp_path):
     path = str(tmp_path / "a #1: [x].mp4")
     data.write_video(path, numbered_frames(100))
-    assert data.count_frames(path) == 100
+    assert count_frames(path) == 100
     wanted = [99, 0, 7, 7, 50, 3]
     frames = data.read_frames(path, wanted)
     assert frames.shape == (6, 48, 64, 3) and frames.dtype == np.uint8 and read_numbers(frames) == wanted
@@ -906,7 +911,7 @@ def test_what_is_no_video_is_one_kind_of_error(tmp_path):
         with pytest.raises(data.VideoError, match=name):
             data.read_frames(str(tmp_path / name), [0])
         with pytest.raises(data.VideoError):
-            data.count_frames(str(tmp_path / name))
+            count_frames(str(tmp_path / name))
 
 def write_anything(path, codec, number=60, size=(48, 64), pix_fmt="yuv420p", pts=None, rate=30, options=None, **stream_options):
     """A video of noise that moves, so that a wrong frame or reference would show."""
@@ -959,7 +964,7 @@ def test_frames_are_bit_identical_to_decoding_the_whole_file(name, tmp_path, mon
     want = decode_whole(path)
     if name not in IN_ORDER:
         monkeypatch.setattr(data, "decode_all", None)  # the fast way must do
-    assert data.count_frames(path) == len(want) == FILES[name].get("number", 60)
+    assert count_frames(path) == len(want) == FILES[name].get("number", 60)
     rng = np.random.default_rng(0)
     for numbers in (range(len(want)), *(rng.integers(0, len(want), n) for n in (1, 3, 8)), [len(want) - 1], [0]):
         got = data.read_frames(path, numbers)
@@ -971,7 +976,7 @@ def test_real_files_are_read_exactly(name, number, monkeypatch):
     path = f"{SHARED}/videos/{name}"
     want = decode_whole(path)
     monkeypatch.setattr(data, "decode_all", None)
-    assert data.count_frames(path) == len(want) == number
+    assert count_frames(path) == len(want) == number
     for numbers in (range(60, 60 + 32 * 4, 4), range(number), np.random.default_rng(0).integers(0, number, 16)):
         assert all(np.array_equal(image, want[i]) for image, i in zip(data.read_frames(path, numbers), numbers))
 
@@ -1423,7 +1428,7 @@ def test_a_training_clip_depends_on_seed_epoch_and_index_alone(micro):
     clips[0, 1]
     assert torch.equal(clips[3, 5][0], one) and one.shape == (8, 3, 48, 48) and one.dtype == torch.uint8
     assert not torch.equal(clips[4, 5][0], one) and not torch.equal(make(seed=1)[3, 5][0], one)
-    loader = torch.utils.data.DataLoader(clips, batch_sampler=[[(3, 4), (3, 5)]], num_workers=1, collate_fn=train.collate)
+    loader = torch.utils.data.DataLoader(clips, batch_sampler=[[(3, 4), (3, 5)]], num_workers=1, collate_fn=data.collate)
     batch, labels, failures = next(iter(loader))
     assert torch.equal(batch[1], one) and labels.tolist() == [videos[4][1], videos[5][1]] and failures == []
 
@@ -1560,7 +1565,7 @@ def test_an_unreadable_video_is_replaced_in_training_and_reported_in_testing(mic
     assert views is None and bad in error
     items = [data.Clips([(bad, 0)], 4, 32)[0, 0], (clip, label, [])]
     assert items[0][0] is None and len(items[0][2]) == 10
-    assert train.collate(items)[0] is None and len(train.collate(items)[2]) == 10
+    assert data.collate(items)[0] is None and len(data.collate(items)[2]) == 10
     clip, _, failures = data.Clips(samples[1:], 4, 48, augment="translate")[0, 0]
     assert clip is None and "64x64" in failures[0] and "48x48" in failures[0]
 
@@ -1880,6 +1885,14 @@ def test_learning_rate_rises_then_falls_as_half_a_cosine(micro, tmp_path):
     # 2 steps an epoch; the rate logged is that of an epoch's second step
     want = [1e-3 * f for f in (1 / 2, 1, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5 + 0.5 * math.cos(math.pi * 3 / 4))]
     assert [line["lr"] for line in lines(out)] == pytest.approx(want)
+
+def test_help_fits_a_screen_and_shows_the_recipe(capsys):
+    for argv, words in (([], ["frames per clip, T (16)", "per 256 clips (0.04)"]), (["--data", "ssv2"], ["frames per clip, T (48)", "A_t0 (True)"])):
+        with pytest.raises(SystemExit) as error:
+            train.main([*argv, "--help"])
+        printed = capsys.readouterr().out
+        assert error.value.code == 0 and all(word in printed for word in words)
+        assert len(printed.splitlines()) <= 60 and max(map(len, printed.splitlines())) <= 131
 
 @pytest.mark.parametrize("options, words", [
     (["--batch", "99"], "--batch 99 must divide by 1 processes, and there are 16"), (["--amp", "fp16"], "--amp fp16 needs a CUDA GPU"),

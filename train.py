@@ -63,57 +63,60 @@ RECIPES = {
 }
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Train a video model; defaults come from the data set's recipe.")
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--data NAME] [options]    (in brackets are the defaults; with --data NAME --help, that recipe's)",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=131))
     add = parser.add_argument
-    add("--data", choices=data.SOURCES, default="demo", help="data set")
-    add("--root", help="folder of the data (default data/NAME)")
-    add("--split", type=int, choices=(1, 2, 3), help="HMDB51's (default 1)")
-    add("--out", help="folder of the run (default runs/DATA[-SPLIT]-METHOD[-PATHS]-sSEED)")
+    add("--data", choices=data.SOURCES, default="demo", metavar="NAME", help=f"{', '.join(data.SOURCES)} (%(default)s)")
+    add("--root", help="folder of the data (data/NAME)")
+    add("--split", type=int, choices=(1, 2, 3), help="HMDB51's (1)")
+    add("--out", help="folder of the run (runs/NAME[-SPLIT]-METHOD[-PATHS]-sSEED)")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const=True, metavar="CKPT", help="continue the run in --out, or that of CKPT")
     either.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
     add("--init", metavar="CKPT", help="start from this run's weights, with a new head")
-    add("--limit", type=at_least(1), metavar="N", help="only the first N videos of each list, for a smoke run")
-    add("--seed", type=at_least(0), default=0)
+    add("--limit", type=at_least(1), metavar="N", help="only the first N videos of each list, for a smoke run (all)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of order, augmentation, dropout and new weights (%(default)s)")
     add = parser.add_argument_group("model").add_argument
-    add("--method", choices=models.METHODS, default="dualpath")
-    add("--paths", choices=("both", "spatial", "temporal"), default="both", help="DualPath's paths, for the ablation")
-    add("--backbone", default="ViT-B-16-quickgelu", help="open_clip model, local-dir:DIR, or tiny")
-    add("--pretrained", default="openai", help="open_clip tag, a file, or none for random weights")
-    add("--frames", type=at_least(1), default=32, help="frames per clip, T")
-    add("--spatial-frames", type=at_least(1), default=8, help="of these, for the spatial path and other methods, T_s")
-    add("--size", type=at_least(1), help="pixels per side (default the image model's own)")
-    add("--bottleneck", type=at_least(1), help="width of the adapters; of vpt, number of prompts (default the method's own)")
-    add("--before", choices=("mha", "mlp", "both"), default="mha", help="where st_adapter has its adapters")
-    add("--dropout", type=number(0, 1), default=0.1, help="in the adapters")
-    add("--position-scale", type=float, default=1.0, help="amplitude of DualPath's temporal position code")
-    add("--pre-attention-adapter", action=argparse.BooleanOptionalAction, default=False, help="DualPath's A_t0")
-    add("--serial-skip", action=argparse.BooleanOptionalAction, default=False, help="DualPath with z + h + A(h), not z + A(h)")
+    add("--method", choices=models.METHODS, default="dualpath", metavar="NAME", help=f"{', '.join(models.METHODS)} (%(default)s)")
+    add("--paths", choices=("both", "spatial", "temporal"), default="both", help="DualPath's, for the ablation (%(default)s)")
+    add("--backbone", default="ViT-B-16-quickgelu", metavar="NAME", help="open_clip model, local-dir:DIR, or tiny (%(default)s)")
+    add("--pretrained", default="openai", metavar="TAG", help="open_clip tag, a file, or none for random weights (%(default)s)")
+    add("--frames", type=at_least(1), default=32, metavar="N", help="frames per clip, T (%(default)s)")
+    add("--spatial-frames", type=at_least(1), default=8, metavar="N", help="of these, those seen at full size, T_s (%(default)s)")
+    add("--size", type=at_least(1), metavar="PIXELS", help="of a side of a frame (the image model's own)")
+    add("--bottleneck", type=at_least(1), metavar="N", help="width of the adapters; of vpt, number of prompts (the method's own)")
+    add("--before", choices=("mha", "mlp", "both"), default="mha", help="where st_adapter has its adapters (%(default)s)")
+    add("--dropout", type=number(0, 1), default=0.1, metavar="P", help="in the adapters (%(default)s)")
+    add("--position-scale", type=float, default=1.0, metavar="X", help="of DualPath's temporal position code (%(default)s)")
+    add("--pre-attention-adapter", action=argparse.BooleanOptionalAction, default=False, help="DualPath's A_t0 (%(default)s)")
+    add("--serial-skip", action=argparse.BooleanOptionalAction, default=False, help="DualPath: z + h + A(h) (%(default)s)")
     add = parser.add_argument_group("clips").add_argument
-    add("--sampling", choices=("dense", "uniform"), default="uniform", help="frames at a stride, or one per segment")
+    add("--sampling", choices=("dense", "uniform"), default="uniform", help="frames at a stride, or one per segment (%(default)s)")
     add("--stride", type=at_least(1), nargs="+", metavar="N", default=(4,),
-        help="between frames, if dense; of several, one by chance")
-    add("--test-stride", type=at_least(1), default=4, help="the same in testing")
+        help="between frames, if dense; of several, one by chance (%(default)s)")
+    add("--test-stride", type=at_least(1), default=4, metavar="N", help="the same in testing (%(default)s)")
     add("--augment", choices=("rand", "crop", "translate"), default="rand",
-        help="random resized crop with RandAugment or without, or whole-pixel shifts alone")
-    add("--crop-area", type=number(0, 1), default=0.08, help="least share of a frame that a crop keeps (not with translate)")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips (not with translate)")
-    add("--erasing", type=number(0, 1), default=0.0, help="probability of random erasing (not with translate)")
-    add("--views", type=parse_views, metavar="CLIPSxCROPS", default=(3, 1), help="test views that evaluate.py averages")
+        help="random resized crop with RandAugment or without; or shifts alone, no flip, no erasing (%(default)s)")
+    add("--crop-area", type=number(0, 1), default=0.08, metavar="X", help="least share of a frame that a crop keeps (%(default)s)")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips (%(default)s)")
+    add("--erasing", type=number(0, 1), default=0.0, metavar="P", help="probability of random erasing (%(default)s)")
+    add("--views", type=parse_views, metavar="CLIPSxCROPS", default=(3, 1), help="test views of evaluate.py (%(default)s)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=at_least(1), default=30)
-    add("--warmup", type=number(0), default=3, help="epochs of rising learning rate")
-    add("--batch", type=at_least(1), default=64, help="clips per step, over all processes")
-    add("--micro-batch", type=at_least(1), help="clips per forward and process; the gradients add up (default all)")
-    add("--lr", type=number(0), default=1e-3, help="base learning rate, per 256 clips")
-    add("--weight-decay", type=number(0), default=0.05)
-    add("--clip-grad", type=number(0), help="largest norm of the gradient (default no limit)")
+    add("--epochs", type=at_least(1), default=30, metavar="N", help="(%(default)s)")
+    add("--warmup", type=number(0), default=3, metavar="X", help="epochs of rising learning rate (%(default)s)")
+    add("--batch", type=at_least(1), default=64, metavar="N", help="clips per step, over all processes (%(default)s)")
+    add("--micro-batch", type=at_least(1), metavar="N", help="clips per forward and process; the gradients add up (all)")
+    add("--lr", type=number(0), default=1e-3, metavar="X", help="base learning rate, per 256 clips (%(default)s)")
+    add("--weight-decay", type=number(0), default=0.05, metavar="X", help="of matrices alone (%(default)s)")
+    add("--clip-grad", type=number(0), metavar="X", help="largest norm of the gradient (no limit)")
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--checkpoint-activations", action="store_true", help="less memory, more time: each block runs forward twice")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--save-every", type=number(0), default=10, metavar="MINUTES", help="between checkpoints within an epoch")
-    add("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="decoding processes, per training process")
-    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].data])
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision (%(default)s)")
+    add("--save-every", type=number(0), default=10, metavar="MINUTES", help="between checkpoints within an epoch (%(default)s)")
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count()), metavar="N", help="that read videos (%(default)s)")
+    asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
+    parser.set_defaults(**RECIPES[parser.parse_known_args(asked)[0].data])
     args = parser.parse_args(argv)
     args.pretrained = None if args.pretrained == "none" else args.pretrained
     args.root, args.stride = args.root or os.path.join("data", args.data), tuple(args.stride)
@@ -230,10 +233,11 @@ def train(args, rank, world, device):
         start, first, signals, unusable = time.perf_counter(), state["batch"], [], 0
         order = batches(len(clips), epoch, args.batch, args.seed, rank, world)
         loader = DataLoader(clips, batch_sampler=order[first:], num_workers=args.workers, pin_memory=device.type == "cuda",
-                            collate_fn=collate, worker_init_fn=leave_signals_to_the_parent)
+                            collate_fn=data.collate, worker_init_fn=leave_signals_to_the_parent)
         trained.train()
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", steps, leave=False, disable=rank > 0, initial=first, unit="clip",
                    unit_scale=args.batch)
+        # A signal waits for the end of a step, upon which all processes agree; of Ctrl-C a second one does not.
         with on_signals(lambda status: sys.exit(status) if world == 1 and 130 in signals else signals.append(status)):
             for batch, labels, failed in bar:
                 due = rank == 0 and time.monotonic() > saved + 60 * args.save_every
@@ -300,11 +304,6 @@ def batches(size, epoch, global_batch, seed=0, rank=0, world=1):
     cut into global batches first, so any number of processes trains on the same ones."""
     order = np.random.default_rng([seed, epoch]).permutation(size)[:size // global_batch * global_batch]
     return [[(epoch, int(i)) for i in np.array_split(batch, world)[rank]] for batch in order.reshape(-1, global_batch)]
-
-def collate(items):
-    """Training items → clips (B, T, 3, S, S) uint8 (None after ten unreadable videos in a row), labels (B,), messages."""
-    clips, labels, failures = zip(*items)
-    return None if any(clip is None for clip in clips) else torch.stack(clips), torch.tensor(labels), sum(failures, [])
 
 def find_run(args):
     """The checkpoint to continue from, or None. DataError where a run is in the way: two in one folder would spoil each other."""
