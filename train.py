@@ -322,7 +322,8 @@ def find_run(args):
         if os.path.abspath(path) == os.path.abspath(last) or not occupied:
             return content
     if occupied and not args.overwrite:
-        raise data.DataError(f"{args.out} holds a run already: --resume continues it, --overwrite deletes it, --out is another")
+        raise data.DataError(f"{args.out} holds a run already: --resume continues it, --overwrite deletes it, --out DIR goes"
+                             " elsewhere")
     if args.resume and os.environ.get("RANK", "0") == "0":
         print(f"note: there is no {last} to resume from, so the run starts afresh")
     return None
