@@ -270,8 +270,8 @@ def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
     blocks, which share their graphs; keep only the blocks' inputs for backward, and compute the rest again."""
     if checkpoint_activations:
         model.run = partial(checkpoint, use_reentrant=False)
-    for p in [p for p in model.visual.parameters() if not p.requires_grad and dtype]:
-        p.data = p.data.to(dtype)
+    for p in [p for p in model.visual.parameters() if not p.requires_grad]:
+        p.data = p.data.to(dtype or p.dtype)
     if compile:
         try:  # something small, so that a missing compiler is a sentence now
             torch.compile(torch.neg)(model.mean)
