@@ -7,12 +7,13 @@ and LN2 are the frozen parts of one block of the image model (open_clip calls th
 blocks and tokens, (images, tokens, d), but for its last section: it makes models fast, and measures them for `python model.py`.
 """
 import ctypes
+import itertools
 import math
+import os
 import random
-import re
-import time
 from functools import partial
 from statistics import median
+from timeit import timeit
 
 import torch
 from open_clip.transformer import QuickGELU
@@ -264,7 +265,18 @@ class AIMBlock(nn.Module):
 FRAME_METHODS = {"linear": PlainBlock, "full": PlainBlock, "vpt": VPTBlock, "adaptformer": AdaptFormerBlock,
                  "protuning": ProTuningBlock, "st_adapter": STAdapterBlock, "aim": AIMBlock}
 
-# ---------------------------------------------------------------- whole models: made fast, counted, measured
+# ---------------------------------------------------------------- whole models: where and how they run; counted, measured
+def choose_device(name):
+    """auto: a CUDA GPU, of several processes each its own; else Apple's mps, which nobody has tried here; else the CPU."""
+    local, gpus, mps = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count(), torch.backends.mps.is_available()
+    kind = name if name != "auto" else "cuda" if gpus else "mps" if mps else "cpu"
+    if kind == "cuda" and local >= gpus or kind == "mps" and (local or not mps):
+        raise OSError(f"--device {name} finds no GPU for process {local} of this machine, which has {gpus} of CUDA's and"
+                      f" {int(mps)} of Apple's: start fewer processes, or take --device cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    return torch.device(f"cuda:{local}" if kind == "cuda" else kind)
+
 def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
     """Make ready for long work under autocast to dtype: hold the frozen weights in it, else cast at every call; compile the
     blocks, which share their graphs; keep only the blocks' inputs for backward, and compute the rest again."""
@@ -283,14 +295,6 @@ def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
             block.compile()
     return model
 
-PEERS = """Others on Kinetics-400, by their own READMEs; GMACs (they say GFLOPs) of 3 views:
-AIM         ViT-B/16   8 / 16 / 32 frames    606 /  1214 /  2428 GMACs   11 M tuned   top-1 83.9 / 84.5 / 84.7 %
-AIM         ViT-L/14   8 / 16 / 32 frames   2902 /  5604 / 11208 GMACs   38 M tuned   top-1 86.8 / 87.3 / 87.5 %
-ZeroI2V     ViT-B/16   8 frames    422 GMACs   top-1 83.0 %      ViT-L/14   32 frames   7783 GMACs   top-1 87.2 %
-ST-Adapter  ViT-B/16   8 frames                top-1 82.2 %"""
-
-digits = lambda number: float(f"{number:.4g}")
-
 def count(model):
     """Frames and images of a clip, parameters, and 10⁹ multiply-accumulates per view and per test, three views on all benchmarks,
     of a model on the meta device: counted is what a training step runs; a CPU's inference kernels would hide their own."""
@@ -298,8 +302,8 @@ def count(model):
     with FlopCounterMode(display=False) as counter:
         model(video)
     gmacs, (tuned, everything) = counter.get_total_flops() / 2e9, count_parameters(model)
-    return {"T": model.num_frames, "images": model.images, "all M": round(everything / 1e6, 2), "tuned M": round(tuned / 1e6, 2),
-            "GMACs/view": digits(gmacs), "3 views": digits(3 * gmacs)}
+    return {"T": model.num_frames, "images": model.images, "all M": everything / 1e6, "tuned M": tuned / 1e6, "GMACs/view": gmacs,
+            "3 views": 3 * gmacs}
 
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
@@ -329,29 +333,26 @@ def take_turns(steps, rounds):
     for _ in tqdm(range(rounds + 1), "measuring", unit="round", leave=False):
         for name in random.sample(list(steps), len(steps)):
             wait()
-            start = time.perf_counter()
-            steps[name]()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timeit(lambda: (steps[name](), wait()), number=1))
     return {name: taken[1:] for name, taken in seconds.items()}
 
 def peak_memory(run):
     """The bytes that run() takes at its peak beyond what was there before; None where the system cannot tell."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # else what was freed, but not given back, would hide what is taken now
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # Linux: the peak starts anew
-    except (AttributeError, OSError, TypeError):
-        return None
-    resident = lambda key: 1024 * int(re.search(rf"{key}:\s+(\d+)", open("/proc/self/status").read())[1])
-    before = resident("VmRSS")
+        held, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+    else:
+        resident = lambda key: 1024 * int(open("/proc/self/status").read().split(key)[1].split()[0])
+        held, peak = partial(resident, "VmRSS:"), partial(resident, "VmHWM:")
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # else what was freed, but not given back, would hide what is taken now
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # Linux: the peak starts anew
+        except (AttributeError, OSError, TypeError):
+            return None
+    before = held()
     run()
-    return resident("VmHWM") - before
+    return peak() - before
 
 def compare(rows, models, plain, batch, rounds):
     """Adds to the row of each model what it costs next to the plain image model (never compiled) on as many images: clips/s;
@@ -371,20 +372,20 @@ def compare(rows, models, plain, batch, rounds):
         steps[i, "train"] = partial(step, model, video, dtype, True, optimizer)
         steps[i, "plain train"] = partial(step, plain, pixels, None, True)
     seconds = take_turns(steps, rounds)
-    ratio = lambda a, b: round(median(x / y for x, y in zip(seconds[a], seconds[b])), 3)
+    ratio = lambda a, b: median(x / y for x, y in zip(seconds[a], seconds[b]))
     rate = len(square) ** 3 / median(seconds["product"])
     for i, (row, model) in enumerate(zip(rows, models)):
         for kind in ("forward", "train"):
             for who in ("", "plain "):
-                row[f"{who}{kind}/s"] = digits(batch / median(seconds[i, who + kind]))
+                row[f"{who}{kind}/s"] = batch / median(seconds[i, who + kind])
             row[f"{kind} ratio"] = ratio((i, kind), (i, f"plain {kind}"))
         row["growth"] = ratio((i, "forward"), (0, "forward"))
         for key, net, kind in (("GB/clip", model, "train"), ("plain GB", plain, "plain train")):
             held = sum(p.nbytes * (1 + 2 * p.requires_grad) for p in net.parameters())  # AdamW holds two averages of a weight
             taken = peak_memory(steps[i, kind])
-            row[key] = taken and digits((held + taken) / batch / 1e9)
+            row[key] = taken and (held + taken) / batch / 1e9
         products = {"linear": 1e9, "full": 3e9}.get(row["method"], 2e9) * row["GMACs/view"] * batch
-        row["use"] = round(products / median(seconds[i, "train"]) / rate, 3)
+        row["use"] = products / median(seconds[i, "train"]) / rate
     return rate
 
 def main():
@@ -392,9 +393,8 @@ def main():
     kinds = {"dualpath": DualPathBlock, "dualpath+A_t0": partial(DualPathBlock, pre_attention_adapter=True)}
     kinds |= {method: partial(kind, frames=8) for method, kind in FRAME_METHODS.items() if kind is not PlainBlock}
     kinds["st_adapter, both"] = partial(STAdapterBlock, frames=8, before="both")
-    for name, d, layers in (("ViT-B", 768, 12), ("ViT-L", 1024, 24)):
-        for method, kind in kinds.items():
-            print(f"  {name}  {method:16s}  {layers * count_parameters(kind(d))[0] / 1e6:6.2f} M")
+    for (name, d, layers), method in itertools.product((("ViT-B", 768, 12), ("ViT-L", 1024, 24)), kinds):
+        print(f"  {name}  {method:16s}  {layers * count_parameters(kinds[method](d))[0] / 1e6:6.2f} M")
 
 if __name__ == "__main__":
     main()

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections import Counter, namedtuple
 from functools import partial
@@ -17,13 +18,11 @@ from functools import partial
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from grid import frameset
-
+BAR = dict(leave=False) if sys.stderr.isatty() else dict(leave=False, delay=60, mininterval=60, maxinterval=60, bar_format=(
+    "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go, {rate_fmt}{postfix}\n"))  # in a job's log: a line a minute
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts")
 
 class DataError(ValueError):
@@ -38,11 +37,9 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,live_flv,as
 COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)  # AVColorSpace: RGB, BT.709, not said, FCC, BT.601 (5, 6), SMPTE 240M, BT.2020
 
 def read_frames(path, indices):
-    """Frames of a video file, by number in presentation order → (len(indices), H, W, 3) uint8 RGB, upright.
-
+    """Frames of a video file, by number in presentation order → (len(indices), H, W, 3) uint8 RGB, upright; or VideoError.
     indices: numbers in any order, repeats allowed; or a function of the number of frames that returns them. The same pixels as
-    decoding the whole file and picking, but only what they need is decoded. Whatever the file holds: frames or VideoError.
-    """
+    decoding the whole file and picking, but only what they need is decoded."""
     if not os.path.isfile(path):
         raise VideoError(f"cannot read {path}: there is no such file")
     try:
@@ -134,13 +131,12 @@ def decode_all(stream, packets):
     """All frames, in order."""
     stream.codec_context.flush_buffers()
     stream.codec_context.skip_frame = "DEFAULT"
-    for packet in in_time(packets):
+    for packet in in_time([*packets, None]):
         yield from stream.codec_context.decode(packet)
-    yield from stream.codec_context.decode(None)
 
 def convert(keyed_frames, wanted):
     """(key, frame) pairs → (len(wanted), H, W, 3) RGB, in the order of the keys in `wanted`; None if one is missing."""
-    rows, reformatter, images = {}, VideoReformatter(), None
+    rows, reformatter, images = {}, av.video.reformatter.VideoReformatter(), None
     for row, key in enumerate(wanted):
         rows.setdefault(key, []).append(row)
     for key, frame in keyed_frames:
@@ -173,7 +169,6 @@ def upright(image, frame):
 # ---------------------------------------------------------------- which frames make a clip
 def clip_frames(available, num_frames, sampling, stride, position):
     """The frame numbers of one clip out of `available` frames → (num_frames,) int64.
-
     dense: num_frames at a stride; position in [0, 1] moves the clip from the video's start to its end. uniform: one frame from
     each of num_frames equal segments; position is the place in it, a number or one per segment. The last frame may repeat.
     """
@@ -226,8 +221,8 @@ def rand_augment(clip):
 
 def training_transform(augment, size, flip=True, erasing=0.0, crop_area=0.08):
     """Draws once per call: all frames are treated alike. Cropping comes first: then RandAugment costs the same on any video."""
-    if augment == "translate":  # whole pixels: nothing is resampled, mirrored or recoloured
-        return v2.Compose([v2.RandomCrop(size, padding=size // 16, padding_mode="edge")])
+    if augment == "translate":  # whole pixels: of the demo nothing is resampled, mirrored or recoloured
+        return v2.Compose([v2.Resize(size, antialias=True), v2.RandomCrop(size, padding=size // 16, padding_mode="edge")])
     crop = [v2.RandomResizedCrop(size, scale=(crop_area, 1), ratio=(3 / 4, 4 / 3), antialias=True)]
     return v2.Compose(crop + [v2.RandomHorizontalFlip()] * flip + [rand_augment] * (augment == "rand")
                       + [v2.RandomErasing(erasing, value=GREY)] * (erasing > 0))
@@ -341,18 +336,16 @@ def assemble(root, classes, rows):
         found[split] = [(path, label) for _, label, path in sorted(found[split])]
     return Videos(found["train"], found["val"], classes, missing)
 
-CLASSES = dict(k400=400, ssv2=174, hmdb51=51, diving48=48)
 SOURCES = dict(
     k400=kinetics_data, ssv2=something_data, hmdb51=hmdb51_data, diving48=diving48_data, folder=folder_data, list=list_data,
-    demo=lambda root: drawn_data(root, (1536, 256), draw_moving, MOVING_CLASSES),
-    stills=lambda root: drawn_data(root, (24600, 410), draw_still, STILL_CLASSES))
+    demo=lambda root: drawn_data(root, (1536, 256), draw_moving, MOVING_CLASSES))
 
 def find_videos(data, root=None, split=None, whole=SPLITS):
     """The lists of a data set; DataError unless each in `whole` has videos, and (k400: four fifths of) them are on the disk."""
     root = root or os.path.join("data", data)
     if split and data != "hmdb51":
         raise DataError(f"--split chooses one of HMDB51's three; {data} has one")
-    if data not in ("demo", "stills") and not os.path.isdir(root):
+    if data != "demo" and not os.path.isdir(root):
         raise DataError(f"the data folder {root} is not there; say with --root where the {data!r} data are")
     videos = SOURCES[data](root, split) if split else SOURCES[data](root)
     for part in whole:
@@ -367,13 +360,13 @@ def find_videos(data, root=None, split=None, whole=SPLITS):
             raise DataError(f"{root} has no training video of the class {videos.classes[empty[0]]!r}")
     return videos
 
-# ---------------------------------------------------------------- training samples
-class Clips(Dataset):
+# ---------------------------------------------------------------- samples of labelled videos
+class Clips(torch.utils.data.Dataset):
     """Training clips of labelled videos: item (epoch, i) → (augmented clip (T, 3, S, S) uint8, label, messages). Another
     video takes the place of one that cannot be read, and the message travels with it; after ten, the clip is None."""
     def __init__(self, samples, num_frames, size, sampling="dense", strides=(1,), augment="rand", seed=0, **options):
-        self.samples, self.num_frames, self.size, self.sampling, self.strides = samples, num_frames, size, sampling, strides
-        self.augment, self.seed, self.transform = augment, seed, training_transform(augment, size, **options)
+        self.samples, self.num_frames, self.sampling, self.strides, self.seed = samples, num_frames, sampling, strides, seed
+        self.transform = training_transform(augment, size, **options)
 
     def __len__(self):
         return len(self.samples)
@@ -388,8 +381,6 @@ class Clips(Dataset):
             path, label = self.samples[index]
             try:
                 frames = read_frames(path, lambda n: clip_frames(n, self.num_frames, self.sampling, stride, position))
-                if self.augment == "translate" and frames.shape[1:3] != (self.size, self.size):
-                    raise VideoError(f"{path} is {frames.shape[2]}x{frames.shape[1]}; translation takes {self.size}x{self.size}")
             except VideoError as error:
                 failures.append(str(error))
                 if len(failures) == 10:
@@ -405,11 +396,34 @@ def collate(items):
     clips, labels, failures = zip(*items)
     return None if any(clip is None for clip in clips) else torch.stack(clips), torch.tensor(labels), sum(failures, [])
 
-# ---------------------------------------------------------------- drawn data: the demo and its stills
+class Views(torch.utils.data.Dataset):
+    """All test views of labelled videos, from one decode each: item i → ((clips × crops, T, 3, S, S) uint8, label, i, the clips'
+    frames' numbers), crops evenly along the longer side; or (None, label, i, message) of one that cannot be read."""
+    def __init__(self, samples, num_frames, size, sampling="dense", stride=1, views=(1, 1)):
+        self.samples, self.size, self.sampling, self.views = samples, size, sampling, views
+        self.clip = partial(clip_frames, num_frames=num_frames, sampling=sampling, stride=stride)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        (path, label), (clips, crops), size, numbers = self.samples[index], self.views, self.size, []
+        evenly = lambda n: [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
+        # dense: starts evenly spread over the video; uniform: points evenly spread over each segment
+        places = evenly(clips) if self.sampling == "dense" else [(c + 0.5) / clips for c in range(clips)]
+        try:
+            frames = read_frames(path, lambda n: numbers.extend(i for p in places for i in self.clip(n, position=p)) or numbers)
+        except VideoError as error:
+            return None, label, index, str(error)
+        frames = F.resize(torch.from_numpy(frames).permute(0, 3, 1, 2), [size], antialias=True)  # the shorter side
+        room = [frames.shape[-2] - size, frames.shape[-1] - size]
+        views = [F.crop(frames, round(room[0] * p), round(room[1] * p), size, size) for p in evenly(crops)]
+        return torch.stack(views).unflatten(1, (clips, -1)).transpose(0, 1).flatten(0, 1), label, index, numbers
+
+# ---------------------------------------------------------------- drawn data: the demo
 MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 TEXTURES = ("horizontal", "vertical")
 MOVING_CLASSES = [(motion, texture) for motion in MOTIONS for texture in TEXTURES]
-STILL_CLASSES = [(texture, cell) for texture in TEXTURES for cell in range(16)] + [("sheet", cell) for cell in range(9)]
 SIZE, SAMPLED = 64, (0, 4, 8, 12)  # pixels per side; which of the 16 frames the demo's spatial path sees
 
 class Scene:
@@ -443,18 +457,6 @@ def draw_moving(seed, motion, texture):
     cy, cx = (along, across) if dy else (across, along)
     return np.stack([scene.draw(texture, cy + dy * s, cx + dx * s) for s in np.rint(speed * (np.arange(16) - np.mean(SAMPLED)))])
 
-def draw_still(seed, kind, cell):
-    """One still, a clip of one frame → (1, 64, 64, 3) uint8. Either one thing, class = texture and cell (4 x 4); or a sheet
-    of 16 small ones, class = the ninth of their little frames that all are in, each at its own place there: nothing moves."""
-    rng = np.random.default_rng(seed)
-    scene = Scene(rng)
-    if kind != "sheet":
-        low, high = scene.radius // 2, SIZE - scene.radius // 2
-        return scene.draw(kind, *[int(np.clip(rng.integers(c * 16, c * 16 + 16), low, high)) for c in divmod(cell, 4)])[None]
-    texture = TEXTURES[rng.integers(2)]
-    frames = [scene.draw(texture, *[int(rng.integers(8 + c * 16, 24 + c * 16)) for c in divmod(cell, 3)]) for _ in range(16)]
-    return frameset(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[None])[0].permute(0, 2, 3, 1).numpy()
-
 def write_video(path, frames, rate=8):
     """frames (T, H, W, 3) uint8 → an H.264 mp4 at `path`, the same bytes every time."""
     with av.open(f"file:{path}", "w") as container:
@@ -472,24 +474,24 @@ def drawn_data(root, numbers, draw, classes):
     for split, number in zip(SPLITS, numbers):
         final, temporary = f"{root}/{split}", f"{root}/{split}.{os.getpid()}.tmp"
         try:
-            jobs = [(temporary, i, [split == "val", i], draw, classes[i % len(classes)]) for i in range(number)]
-            list(() if os.path.isdir(final) else in_parallel(draw_file, jobs, f"drawing {final}"))
+            job = partial(draw_file, temporary, split == "val", draw, classes)
+            list(() if os.path.isdir(final) else in_parallel(job, range(number), f"drawing {final}"))
             if not os.path.isdir(final):  # another run may have finished first
                 os.rename(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder_data(root)
 
-def draw_file(job):
-    folder, i, seed, draw, kind = job
-    folder = os.path.join(folder, "_".join(map(str, kind)))
-    os.makedirs(folder, exist_ok=True)
-    write_video(f"{folder}/{i:05d}.mp4", draw(seed, *kind))
+def draw_file(folder, is_val, draw, classes, i):
+    kind = classes[i % len(classes)]
+    path = os.path.join(folder, "_".join(map(str, kind)), f"{i:05d}.mp4")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_video(path, draw([is_val, i], *kind))
 
 def in_parallel(work, jobs, title):
     """Yields work(job) of each job, in order; several processes of one thread each do it."""
     with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count()), None, torch.set_num_threads, (1,)) as pool:
-        yield from tqdm(pool.map(work, jobs, chunksize=16), title, len(jobs), unit="video")
+        yield from tqdm(pool.map(work, jobs, chunksize=16), title, len(jobs), unit="video", **BAR)
 
 # ---------------------------------------------------------------- check a data set
 def try_video(num_frames, sampling, path):
@@ -500,20 +502,18 @@ def try_video(num_frames, sampling, path):
     except VideoError as error:
         return 0, str(error), 0, 0
     read = time.perf_counter()
-    training_transform("rand", 224, flip=True)(torch.from_numpy(frames).permute(0, 3, 1, 2)).contiguous()
+    training_transform("rand", 224)(torch.from_numpy(frames).permute(0, 3, 1, 2)).contiguous()
     return counts[0], None, read - start, time.perf_counter() - read
 
 def check(videos, args, table):
     """Writes what is wrong with a data set to the table, as it is found, and prints a summary; 0 if all is well but short."""
     kinds, seconds = Counter(), []
     report = lambda kind, what, details="": (table.writerow((kind, what, details)), kinds.update([kind]))
+    for split, path in videos.missing:
+        report("missing", path, split)
     for split in SPLITS:
-        for path in [path for s, path in videos.missing if s == split]:
-            report("missing", path, split)
         for label in sorted(set(range(len(videos.classes))) - {label for _, label in getattr(videos, split)}):
             report(f"no {split} video", videos.classes[label])
-    if args.data in CLASSES and len(videos.classes) != CLASSES[args.data]:
-        report("number of classes", len(videos.classes), f"{args.data} has {CLASSES[args.data]}")
     paths = sorted({path for path, _ in videos.train + videos.val} - {path for _, path in videos.missing})
     paths = [paths[i] for i in sorted(np.random.default_rng(0).permutation(len(paths))[:max(0, args.limit)])]
     for (count, error, *times), path in zip(in_parallel(partial(try_video, args.frames, args.sampling), paths, "reading"), paths):
@@ -529,12 +529,13 @@ def check(videos, args, table):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make one training sample of every video; report problems and speed.")
-    parser.add_argument("--data", default="demo", choices=SOURCES)
-    parser.add_argument("--root", help="folder of the data (default data/NAME)")
-    parser.add_argument("--split", type=int, choices=(1, 2, 3), help="HMDB51's (default 1)")
-    parser.add_argument("--frames", type=int, default=16, choices=(1, 8, 16, 32, 48), help="frames per clip, of 224 px")
-    parser.add_argument("--sampling", choices=("dense", "uniform"), default="uniform", help="every fourth, or the whole length")
-    parser.add_argument("--limit", type=int, default=10**9, help="only so many videos, drawn by chance")
+    add = parser.add_argument
+    add("--data", default="demo", choices=SOURCES, metavar="NAME", help=f"{', '.join(SOURCES)} (%(default)s)")
+    add("--root", help="folder of the data (data/NAME)")
+    add("--split", type=int, choices=(1, 2, 3), help="HMDB51's (1)")
+    add("--frames", type=int, default=16, choices=(1, 8, 16, 32, 48), help="frames per clip, of 224 px (%(default)s)")
+    add("--sampling", choices=("dense", "uniform"), default="uniform", help="every fourth, or the whole length (%(default)s)")
+    add("--limit", type=int, default=10**9, metavar="N", help="only so many videos, drawn by chance (all)")
     args = parser.parse_args(argv)
     try:
         videos = find_videos(args.data, args.root, args.split, whole=())

@@ -2,7 +2,7 @@
 
     python evaluate.py runs/demo-dualpath-s0/best.pt                      # data and views as in training
     python evaluate.py CKPT --data folder --root DIR --views 3x1          # other ones
-    python evaluate.py CKPT clip.mp4 another.mp4                          # the five likeliest classes of each
+    python evaluate.py CKPT clip.mp4 --picture look.png                   # the five likeliest classes, and where it looks
     torchrun --nproc_per_node=8 evaluate.py CKPT                          # eight processes, the same figures
 """
 import argparse
@@ -11,6 +11,7 @@ import csv
 import datetime
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -18,14 +19,15 @@ import sys
 import traceback
 from concurrent.futures import BrokenExecutor
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms.v2 import functional as F
+from torch.nn.functional import avg_pool2d
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+import adapters
 import data
+import grid
 import model as models
 
 # ---------------------------------------------------------------- processes: one, or as many as torchrun starts
@@ -33,18 +35,17 @@ REFUSALS = (models.ModelError, data.DataError, OSError, BrokenExecutor)  # what 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextlib.contextmanager
-def processes(script):
+def processes(script, name="auto"):
     """(rank, world, device), in a process group exactly if torchrun started us, until the work inside ends, however it ends."""
-    cuda, grouped, rank, world = torch.cuda.is_available(), "RANK" in os.environ, 0, 1
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    cuda and torch.cuda.set_device(device)
-    if grouped:
-        store, rank, world = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # processes that torchrun restarts find the addresses of the dead, else
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=datetime.timedelta(hours=1))  # one may draw or download for long while the others wait
+    grouped, rank, world = "RANK" in os.environ, 0, 1
     try:
+        device = adapters.choose_device(name)
+        if grouped:
+            store, rank, world = next(dist.rendezvous("env://"))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # processes that torchrun restarts find the addresses of the dead, else
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            backend, hour = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=1)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hour)  # one may download for long
         with on_signals(sys.exit):
             yield rank, world, device
     except BaseException as error:
@@ -57,15 +58,17 @@ def processes(script):
             raise SystemExit(f"{script}: {what[-1]}")
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" in what[0]:
             raise SystemExit(f"{script}: a process that reads videos has died; if for want of memory, fewer --workers ({what[0]})")
-        if isinstance(error, RuntimeError) and grouped and re.search("by peer|Broken pipe|imed out|remote process", str(error)):
-            raise SystemExit(f"{script}: process {rank} has lost another, which may have said why ({what[0]})")
+        if isinstance(error, RuntimeError) and grouped and re.search("peer|Broken pipe|imed out|remote process|in use", what[0]):
+            raise SystemExit(f"{script}: process {rank} lost another, which may say why (in use? try --standalone): {what[0]}")
         if not isinstance(error, SystemExit):
             raise  # the group is not left in order: NCCL would wait for processes that wait for this one
         if error.code in (130, 143) and rank == 0:
             print(f"{script}: stopped by a signal" + "; --resume continues the run" * (script == "train.py"))
-        grouped and dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         raise
-    grouped and dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 @contextlib.contextmanager
 def on_signals(act):
@@ -111,43 +114,11 @@ def in_turn(work):
 
 # ---------------------------------------------------------------- accuracy
 def autocast_type(name, device):
-    """The compute type of --amp: auto is bfloat16 on GPUs that have it, float16 on others, none on CPUs."""
-    if name == "off" or (name == "auto" and device.type != "cuda"):
-        return None
-    if device.type != "cuda":
-        raise models.ModelError(f"--amp {name} needs a CUDA GPU, and there is none: leave it out")
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if name == "auto" else name == "bf16"
-    return torch.bfloat16 if bf16 else torch.float16
-
-class Views(Dataset):
-    """All test views of labelled videos: item i → ((clips × crops, T, 3, S, S) uint8, label, i, None), from one decode of the
-    video; or (None, label, i, message) of one that cannot be read, for which nothing is ever substituted."""
-
-    def __init__(self, samples, num_frames, size, sampling="dense", stride=1, views=(1, 1)):
-        self.samples, self.num_frames, self.size, self.sampling, self.stride = samples, num_frames, size, sampling, stride
-        self.views = views
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        (path, label), (clips, crops) = self.samples[index], self.views
-        # dense: starts evenly spread over the video; uniform: points evenly spread over each segment
-        places = [0.5 if clips == 1 else c / (clips - 1) if self.sampling == "dense" else (c + 0.5) / clips for c in range(clips)]
-        plan = lambda n: np.concatenate([data.clip_frames(n, self.num_frames, self.sampling, self.stride, p) for p in places])
-        try:
-            frames = torch.from_numpy(data.read_frames(path, plan)).permute(0, 3, 1, 2)
-        except data.VideoError as error:
-            return None, label, index, str(error)
-        views = [crop for clip in frames.split(self.num_frames) for crop in test_crops(clip, self.size, crops)]
-        return torch.stack(views), label, index, None
-
-def test_crops(clip, size, crops):
-    """(T, 3, H, W) with the shorter side resized to `size` → 1 (centre) or 3 (start, centre, end of the longer side) squares."""
-    clip = F.resize(clip, [size], antialias=True)
-    room = [clip.shape[-2] - size, clip.shape[-1] - size]
-    places = [0.5] if crops == 1 else [c / (crops - 1) for c in range(crops)]
-    return [F.crop(clip, round(room[0] * p), round(room[1] * p), size, size) for p in places]
+    """The compute type of --amp: auto is bfloat16 on GPUs that have it, float16 on others, none elsewhere."""
+    if device.type != "cuda" and name in ("bf16", "fp16"):
+        raise models.ModelError(f"--amp {name} needs a CUDA GPU, and the device is {device.type}: leave it out")
+    auto = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return dict(off=None, bf16=torch.bfloat16, fp16=torch.float16)[auto if name == "auto" else name]
 
 @torch.no_grad()
 def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evaluating"):
@@ -155,7 +126,6 @@ def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evalua
     Returns a row per video, in order, the same in every process: (index, label, likeliest classes (≤ 5), their scores, None), or
     (index, label, [], [], error)."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    was_training = model.training
     model.eval()
     # Uneven shards are no problem for the bare module; a DDP wrapper would wait for the missing batches.
     shard = Subset(clips, range(rank, len(clips), world))
@@ -163,7 +133,7 @@ def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evalua
                         worker_init_fn=leave_signals_to_the_parent)
     rows, batches = [], []
     try:
-        for videos in tqdm(loader, title, unit="batch", leave=False, disable=rank > 0):
+        for videos in tqdm(loader, title, unit="batch", disable=rank > 0, **data.BAR):
             rows += [(index, label, [], [], error) for views, label, index, error in videos if views is None]
             videos = [video for video in videos if video[0] is not None]
             if not videos:
@@ -179,17 +149,35 @@ def predict(model, clips, device, dtype=None, batch=16, workers=0, title="evalua
         raise
     for videos, classes, scores in batches:  # read from the device only now, since every read waits for it
         rows += [(index, label, c, s, None) for (label, index), c, s in zip(videos, classes.tolist(), scores.tolist())]
-    model.train(was_training)
     return sorted(gather(rows))
 
 def summarise(rows):
     """Accuracies as fractions: over all videos, where one that cannot be read counts as wrong, and over the readable."""
-    top1 = sum(classes[:1] == [label] for _, label, classes, _, _ in rows)
-    top5 = sum(label in classes for _, label, classes, _, _ in rows)
-    failed = sum(error is not None for *_, error in rows)
-    readable = max(1, len(rows) - failed)
-    return dict(videos=len(rows), failed=failed, top1=top1 / len(rows), top5=top5 / len(rows),
-                top1_readable=top1 / readable, top5_readable=top5 / readable)
+    top1, top5 = (sum(label in classes[:k] for _, label, classes, _, _ in rows) for k in (1, 5))
+    n, failed = len(rows), sum(error is not None for *_, error in rows)
+    return dict(videos=n, failed=failed, top1=top1 / n, top5=top5 / n, top1_readable=top1 / max(1, n - failed),
+                top5_readable=top5 / max(1, n - failed))
+
+# ---------------------------------------------------------------- pictures
+def draw_clip(file, model, clips, row, names):
+    """Where the class tokens look in the middle one of a video's views, and what is made of all of them. row: predict's."""
+    (index, _, classes, scores, _), T, (rows, cols) = row, model.num_frames, (model.config["rows"], model.config["cols"])
+    views, _, _, numbers = clips[index]
+    view, numbers = views[len(views) // 2], numbers[len(numbers) // T // 2 * T:][:T]
+    frames, sets = models.attention(model.cpu().float(), view[None])
+    stripes = []
+    if len(frames):
+        step = T // len(frames)
+        stripes.append((f"spatial path: {len(frames)} frames, each an image", view[::step], numbers[::step], 1, 1, frames))
+    if len(sets):  # the share of each little frame: patches are cut into pieces first, since some lie in two of them
+        moments = avg_pool2d(sets.repeat_interleave(rows, 1).repeat_interleave(cols, 2), sets.shape[1:]).flatten(1)
+        texts = [f"{i}: {100 * share:.0f} %" for i, share in zip(numbers, (moments / moments.sum(1, keepdim=True)).flatten())]
+        stripes.append((f"temporal path: {rows * cols} shrunken frames an image, and what each gets of its attention",
+                        grid.frameset(view[None], rows, cols)[0], texts, rows, cols, sets))
+    bars = (f"the likeliest classes; views: {len(views)}", [(names[c], score) for c, score in zip(classes, scores)])
+    grid.draw(file, f"{clips.samples[index][0]}: where the class tokens look (bright), with the frames' numbers",
+              *[(min(4, 9.8 / len(stripe[1])) + 0.3, grid.show, *stripe) for stripe in stripes],
+              (0.25 * len(classes) + 0.3, grid.bars, *bars))
 
 def fingerprint(samples):
     """SHA-256 over the names and labels of videos, whatever their folders and containers: two downloads of Kinetics differ
@@ -197,42 +185,49 @@ def fingerprint(samples):
     lines = sorted(f"{os.path.splitext(os.path.basename(path))[0]}\t{label}\n" for path, label in samples)
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
-at_least = lambda least: number(least, kind=int, what="whole number")
-def number(least, most=float("inf"), kind=float, what="number"):
+def number(least, most=math.inf, kind=float):
     """The type, for argparse, of numbers from `least` to `most`."""
     def parse(text):
         with contextlib.suppress(ValueError):
             if least <= kind(text) <= most:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {least}" + f" to {most}" * (most < float("inf")))
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {least} to {most}")
     return parse
+at_least = lambda least: number(least, kind=int)
+help_lines = lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=131)
 
 def parse_views(text):
     """'3x1' → (3 clips, 1 crop)."""
-    match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
-    if not match:
+    if not re.fullmatch(r"[1-9]\d?x[1-9]\d?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not CLIPSxCROPS, such as 3x1")
-    return int(match[1]), int(match[2])
+    return tuple(map(int, text.split("x")))
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Accuracy of a checkpoint over all views, or what is in a video.")
-    parser.add_argument("checkpoint")
-    parser.add_argument("video", nargs="*", default=[], help="classify these files instead of evaluating a data set")
-    parser.add_argument("--data", choices=data.SOURCES, help="data set (default: the one it was trained on)")
-    parser.add_argument("--root", help="folder of the data (default: the one it was trained on)")
-    parser.add_argument("--split", type=int, choices=(1, 2, 3), help="HMDB51's (default: the one it was trained on)")
-    parser.add_argument("--views", type=parse_views, metavar="CLIPSxCROPS", help="views per video (default: the recipe's)")
-    parser.add_argument("--backbone", help="where the image model is here, if not where it was in training")
-    parser.add_argument("--pretrained", help="likewise, the file or tag of its weights")
-    parser.add_argument("--batch", type=at_least(1), default=8, help="videos per process and step")
-    parser.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="decoding processes")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    parser.add_argument("--limit", type=at_least(1), help="only the first N videos")
-    parser.add_argument("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
+    parser = argparse.ArgumentParser(usage="python evaluate.py CHECKPOINT [VIDEO ...] [options]", formatter_class=help_lines)
+    add = parser.add_argument
+    add("checkpoint", help="best.pt or last.pt of a run")
+    add("video", nargs="*", default=[], help="files to be classified; without any, a data set is evaluated")
+    add("--views", type=parse_views, metavar="CLIPSxCROPS", help="views per video, whose scores are averaged (the recipe's)")
+    add("--picture", metavar="FILE.png", help="draw where the model looks in a video, or what it takes for what in a data set")
+    add = parser.add_argument_group("data set").add_argument
+    add("--data", choices=data.SOURCES, metavar="NAME", help=f"{', '.join(data.SOURCES)} (that of the training)")
+    add("--root", help="its folder (that of the training)")
+    add("--split", type=int, choices=(1, 2, 3), help="HMDB51's (that of the training)")
+    add("--limit", type=at_least(1), metavar="N", help="only the first N videos (all)")
+    add("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
+    add = parser.add_argument_group("image model and machine").add_argument
+    add("--backbone", metavar="NAME", help="where the image model is here, if not where it was in training")
+    add("--pretrained", metavar="TAG", help="likewise, the file or tag of its weights")
+    add("--batch", type=at_least(1), metavar="N", default=8, help="videos per process and step (%(default)s)")
+    add("--workers", type=at_least(0), metavar="N", default=min(8, os.cpu_count()), help="that read videos (%(default)s)")
+    add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision (%(default)s)")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="mps is untested (%(default)s)")
     args = parser.parse_intermixed_args(argv)
+    if args.picture and len(args.video) > 1:
+        parser.error(f"--picture draws one video or a data set, and there are {len(args.video)} videos")
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a path may hold any bytes; notebooks cannot tell
-    with processes("evaluate.py") as (rank, world, device):
+    with processes("evaluate.py", args.device) as (rank, world, device):
         return evaluate(args, rank, device)
 
 def evaluate(args, rank, device):
@@ -243,8 +238,7 @@ def evaluate(args, rank, device):
         if args.video:
             samples, missing = [(path, -1) for path in args.video], 0
         else:
-            source = args.data or run["data"]
-            same = source == run["data"]
+            source, same = args.data or run["data"], args.data in (None, run["data"])
             args.split = args.split or (run.get("split") if same else None)
             root = args.root or same and os.path.isdir(run["root"]) and run["root"]  # nothing is drawn where a checkpoint says
             videos = data.find_videos(source, root, args.split, whole=("val",))
@@ -257,11 +251,13 @@ def evaluate(args, rank, device):
             samples, missing = videos.val[:args.limit], sum(split == "val" for split, _ in videos.missing)
         if args.predictions:
             open(args.predictions, "a").close()  # better now than after the evaluation
-        return dtype, models.prepare(model.to(device), dtype, args.compile), run, samples, missing
+        if args.picture:
+            grid.draw(args.picture, "not finished", (1, lambda stripe: None))
+        return dtype, adapters.prepare(model.to(device), dtype, args.compile), run, samples, missing
 
     dtype, model, run, samples, missing = in_turn(set_up)
     views, names = args.views or tuple(run["views"]), run["classes"]
-    clips = Views(samples, model.num_frames, model.visual.image_size[0], run["sampling"], run["test_stride"], views)
+    clips = data.Views(samples, model.num_frames, model.visual.image_size[0], run["sampling"], run["test_stride"], views)
     rows = predict(model, clips, device, dtype, 1 if args.video else args.batch, 0 if args.video else args.workers)
     if rank > 0:
         return 0
@@ -270,6 +266,8 @@ def evaluate(args, rank, device):
             print(clips.samples[index][0] if error is None else error)
             for c, score in zip(classes, scores):
                 print(f"  {100 * score:5.1f} %  {names[c]}")
+        if args.picture and classes:
+            draw_clip(args.picture, model, clips, rows[0], names)
         return int(any(error for *_, error in rows))
     result = dict(summarise(rows), checkpoint=args.checkpoint, data=args.data or run["data"], views="%dx%d" % views,
                   split=args.split, limit=args.limit, missing=missing, fingerprint=fingerprint(samples),
@@ -282,11 +280,10 @@ def evaluate(args, rank, device):
         print(*[f"  {error}" for *_, error in rows if error][:10], sep="\n")
     if args.predictions:
         with open(args.predictions, "w", newline="", errors="surrogateescape") as out:
-            table = csv.writer(out)
-            table.writerow(["video", "label"] + [f"{k}{i + 1}" for i in range(min(5, len(names))) for k in ("class", "score")])
-            for index, label, classes, scores, _ in rows:
-                table.writerow([clips.samples[index][0], names[label]]
-                               + [cell for c, s in zip(classes, scores) for cell in (names[c], f"{s:.6f}")])
+            header = ["video", "label"] + [f"{k}{i + 1}" for i in range(min(5, len(names))) for k in ("class", "score")]
+            csv.writer(out).writerows([header] + [
+                [clips.samples[i][0], names[label]] + [cell for c, s in zip(classes, scores) for cell in (names[c], f"{s:.6f}")]
+                for i, label, classes, scores, _ in rows])
     file = os.path.splitext(args.checkpoint)[0] + f".{result['data']}" + f"-split{args.split}" * bool(args.split) + ".json"
     try:
         with open(file, "w") as out:
@@ -294,6 +291,9 @@ def evaluate(args, rank, device):
         print(f"wrote {file}")
     except OSError as error:  # a checkpoint that others own
         print(f"note: the result is not written: {error}")
+    if args.picture:
+        title = f"{args.checkpoint} on {result['data']}: top-1 {100 * result['top1']:.2f} %"
+        grid.draw_classes(args.picture, title, [row[1] for row in rows], [(row[2] or [None])[0] for row in rows], names)
     return 0
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
     python grid.py clip.mp4 grid.png        # writes what the two paths see, as a picture
 
-The temporal path (section 3 of the paper) never attends across images. It sees time because 16
-consecutive frames, each shrunk by 4 x 4, are tiled into one image of the original size: attention
-between two patches of that image is attention between two moments. This file knows only tensors,
-and at its end how to draw them for people.
+The temporal path (section 3 of the paper) never attends across images. It sees time because 16 consecutive frames,
+each shrunk by 4 x 4, are tiled into one image of the original size: attention between two patches of that image is
+attention between two moments. This file knows only tensors, and at its end how to draw them for people.
 """
-import math
 import sys
+import textwrap
+from collections import Counter
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 def frameset(video, rows=4, cols=4):
     """Tile each run of rows·cols consecutive frames into one image of the frames' own size.
@@ -73,36 +71,54 @@ def position_code(num_framesets, height, width, patch, dim, rows=4, cols=4):
     return torch.cat([y, x, t], dim=-1).flatten(1, 2).float()  # (framesets, patches, dim)
 
 # ---------------------------------------------------------------- pictures for people
-WIDTH, GAP = 1000, 8  # pixels
+def draw(path, title, *stripes):
+    """Writes a picture of stripes, one under the other; each is its height in inches, a function that fills it, and what that
+    takes after the stripe. Raises OSError."""
+    import matplotlib.figure  # only here: it takes half a second, and the processes that read videos draw nothing
 
-def panel(title, height):
-    """A white stripe of a picture with its title → (image, its pen)."""
-    image = Image.new("RGB", (WIDTH, height + 36), "white")
-    pen = ImageDraw.Draw(image)
-    pen.font = ImageFont.load_default(15)
-    pen.text((GAP, GAP), title, "black")
-    return image, pen
+    matplotlib.rcParams["text.parse_math"] = False  # dollars in the names of classes and files
+    heights = [height for height, *_ in stripes]
+    figure = matplotlib.figure.Figure((10, sum(heights) + 0.4), 100, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for (_, fill, *what), stripe in zip(stripes, figure.subfigures(len(stripes), 1, squeeze=False, height_ratios=heights)[:, 0]):
+        fill(stripe, *what)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # no such folder; no such kind of picture
+        raise OSError(f"cannot write {path}: {error}")
 
-def row(title, pictures, captions):
-    """(n, H, W, 3) uint8 side by side. captions: n lists of texts, each written over its picture as on a square board."""
-    n, H, W, _ = pictures.shape
-    w = (WIDTH - GAP) // max(n, 2) - GAP
-    h = H * w // W
-    image, pen = panel(title, h)
-    for i, (picture, texts) in enumerate(zip(pictures, captions)):
-        left, side = GAP + i * (w + GAP), math.isqrt(len(texts))
-        image.paste(Image.fromarray(np.ascontiguousarray(picture)).resize((w, h)), (left, 32))
-        for j, text in enumerate(texts):
-            at = (left + j % side * w // side + 4, 32 + j // side * h // side + 2)
-            pen.text(at, text, "white", stroke_width=2, stroke_fill="black")
-    return image
+def show(stripe, title, images, captions, rows=1, cols=1, heat=None):
+    """Images (n, 3, H, W) uint8 side by side. captions: a text for each cell of each image, which has rows x cols of them.
+    heat: (n, any, any), drawn over the images, the brighter the larger."""
+    stripe.suptitle(title, fontsize=10)
+    for i, axes in enumerate(stripe.subplots(1, len(images), squeeze=False)[0]):
+        axes.imshow(images[i].permute(1, 2, 0).numpy())
+        if heat is not None:
+            glow = (heat[i] / heat.max()).numpy()
+            axes.imshow(glow, "inferno", interpolation="bilinear", alpha=0.8 * glow**0.5, extent=axes.images[0].get_extent())
+        for j, text in enumerate(captions[i * rows * cols:(i + 1) * rows * cols]):
+            axes.text((j % cols + 0.04) / cols, 1 - (j // cols + 0.04) / rows, text, color="white", fontsize=8, va="top",
+                      transform=axes.transAxes, bbox=dict(color="black", alpha=0.4, lw=0, pad=1))
+        axes.axis("off")
 
-def stack(panels):
-    """Panels under each other, as one picture."""
-    whole = Image.new("RGB", (WIDTH, sum(p.height for p in panels) + GAP), "white")
-    for i, p in enumerate(panels):
-        whole.paste(p, (0, sum(above.height for above in panels[:i])))
-    return whole
+def bars(stripe, title, shares):
+    """Horizontal bars with their percentages, the first on top. shares: (name, number in [0, 1]) pairs."""
+    stripe.suptitle(title, fontsize=10)
+    axes = stripe.subplots()
+    drawn = axes.barh(range(len(shares)), [share for _, share in shares], color="tab:orange")
+    axes.bar_label(drawn, [f"{100 * share:.1f} %" for _, share in shares], padding=3, fontsize=8)
+    axes.set(xlim=(0, 1.1), xticks=[], ylim=(max(1, len(shares)) - 0.5, -0.5))
+    axes.set_yticks(range(len(shares)), [textwrap.shorten(name, 70) for name, _ in shares], fontsize=8)
+    axes.spines[:].set_visible(False)
+
+def draw_classes(path, title, labels, guesses, names):
+    """Writes a picture of the accuracies of classes, the lowest first, and of what is taken for what, the most frequent first."""
+    videos, pairs = Counter(labels), Counter(zip(labels, guesses)).most_common()
+    right = sorted([(f"{names[c]} ({n})", dict(pairs).get((c, c), 0) / n) for c, n in videos.items()], key=lambda bar: bar[1])[:20]
+    wrong = [(f"{names[c]} → {names[g]} ({n} of {videos[c]})", n / videos[c]) for (c, g), n in pairs if g not in (c, None)][:20]
+    above = f"top-1 of each class (videos), the lowest {len(right)} of {len(videos)}", right
+    below = "what is taken for what", wrong
+    draw(path, title, *[(0.25 * len(part[1]) + 0.6, bars, *part) for part in (above, below)])
 
 def main(argv=None):
     import av
@@ -122,15 +138,12 @@ def main(argv=None):
     numbers = [i * len(frames) // T for i in range(T)]
     video = torch.stack([frames[i] for i in numbers]).permute(0, 3, 1, 2)  # (T, 3, H, W)
     video = v2.functional.center_crop(video, 2 * [min(video.shape[-2:]) // 4 * 4])
-    show, texts = lambda images: images.permute(0, 2, 3, 1).numpy(), [str(i) for i in numbers]
-    picture = stack([
-        row(f"spatial path: 8 of the {T} frames, each an image", show(video[::T // 8]), [[text] for text in texts[::T // 8]]),
-        row(f"temporal path: all {T} frames, shrunk by 4, 16 of them an image", show(frameset(video[None])[0]),
-            [texts[i:i + 16] for i in range(0, T, 16)])])
+    above = (f"spatial path: 8 of the {T} frames, each an image", video[::T // 8], numbers[::T // 8])
+    below = (f"temporal path: all {T} frames, shrunk by 4, 16 of them an image", frameset(video[None])[0], numbers, 4, 4)
     try:
-        picture.save(argv[1])
-    except (OSError, ValueError) as error:  # no such folder; no such kind of picture
-        raise SystemExit(f"grid.py: cannot write {argv[1]}: {error}")
+        draw(argv[1], argv[0], (1.5, show, *above), (5, show, *below))
+    except OSError as error:
+        raise SystemExit(f"grid.py: {error}")
     print(f"{argv[1]}: {T} of {len(frames)} frames, with their numbers, as the two paths see them")
 
 if __name__ == "__main__":

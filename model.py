@@ -9,15 +9,15 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import zipfile
 
 import open_clip
-import safetensors.torch
 import torch
 from torch import nn
 
-from adapters import FRAME_METHODS, PEERS, DualPathBlock, compare, count, prepare
+from adapters import FRAME_METHODS, DualPathBlock, compare, count, prepare
 from grid import check_divides, frameset, position_code
 
 METHODS = ("dualpath", *FRAME_METHODS)
@@ -38,20 +38,17 @@ def load_image_model(backbone, pretrained, image_size=None):
     check_backbone(name, None if file or ":" in name else pretrained)
     ours = file or pretrained is None  # then open_clip only has to build the image tower
     options = dict(load_weights=False, text_cfg=NO_TEXT) if ours else dict(pretrained=pretrained, require_pretrained=True)
+    logging.disable(logging.ERROR)  # what matters in open_clip's log lines is checked here
     try:
-        clip = create_clip(name, image_size, **options)
+        clip = open_clip.create_model(name, device=torch.get_default_device(), force_image_size=image_size, **options)
     except Exception as error:  # "no network" alone has dozens of types
-        hint = " (without a network, download the weights elsewhere and pass the file as --pretrained PATH)"
-        raise ModelError(f"cannot load the image model {backbone!r}{hint * (not ours and ':' not in name)}: {error}")
-    return load_tower(clip, file, backbone, image_size) if file else clip.visual
-
-def create_clip(name, image_size=None, **options):
-    """open_clip.create_model without its log lines; what matters in them is checked here, not logged."""
-    logging.disable(logging.ERROR)
-    try:
-        return open_clip.create_model(name, device=torch.get_default_device(), force_image_size=image_size, **options)
+        known = open_clip.get_pretrained_cfg(name, pretrained or "")  # {} of what is in a folder or a file
+        place = known.get("url") or f"https://huggingface.co/{known.get('hf_hub')}"
+        hint = f" (without a network, download {place} elsewhere and pass the file as --pretrained PATH)" * bool(known)
+        raise ModelError(f"cannot load the image model {backbone!r}{hint}: {error}")
     finally:
         logging.disable(logging.NOTSET)
+    return load_tower(clip, file, backbone, image_size) if file else clip.visual
 
 def check_backbone(name, tag):
     """Refuse what is no ViT with a class token, and weights trained with another activation, where open_clip only warns."""
@@ -107,6 +104,7 @@ def load_strictly(module, own, state, what):
 class FrameModel(nn.Module):
     """T_s frames, each an ordinary image; their class features averaged; one linear layer on them. visual: the image model, under
     open_clip's own names. new_block(d): what goes around a block. temporal_embedding: a trained vector for each frame (AIM's)."""
+    spatial, temporal = True, False  # the paths that there are
 
     def __init__(self, visual, new_block, num_classes, num_frames, spatial_frames, full=False, temporal_embedding=False):
         super().__init__()
@@ -193,6 +191,20 @@ class DualPath(FrameModel):
         for block, adapted in zip(v.transformer.resblocks, self.blocks):
             x, z = self.run(adapted, block, x, z)
         return self.class_feature(x, B) if self.spatial else None, self.class_feature(z, B) if self.temporal else None
+
+def attention(model, video):
+    """Where the class tokens look in the last block: (1, T, 3, H, W) uint8 → shares of what goes to patches, mean over heads,
+    (T_s, rows, cols) of frames and (T_G, rows, cols) of framesets, in patches; a path that is not there has no rows. For a model
+    on the CPU, in float32, where nn.MultiheadAttention itself is run: it can tell its weights."""
+    attn, size, seen = model.visual.transformer.resblocks[-1].attn, model.visual.grid_size, []
+    if not isinstance(attn, nn.MultiheadAttention):
+        raise ModelError(f"the attention of the backbone {model.config['backbone']!r} does not tell its weights: no picture")
+    ask = attn.register_forward_pre_hook(lambda _, x, options: (x, dict(options, need_weights=True)), with_kwargs=True)
+    hear = attn.register_forward_hook(lambda _, x, result: seen.append(result[1]))  # (images, tokens, tokens)
+    with ask, hear, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        model(video)
+    look = seen[-1][:, 0, 1:1 + math.prod(size)].unflatten(1, size)  # AIM's last call is over space; last are VPT's prompts
+    return (look / look.sum((1, 2), keepdim=True)).tensor_split([model.spatial_frames * model.spatial])
 
 def build_model(method="dualpath", num_classes=400, backbone="ViT-B-16-quickgelu", pretrained="openai",
                 num_frames=32, spatial_frames=8, image_size=None, rows=4, cols=4, bottleneck=None, dropout=0.1,
@@ -284,8 +296,8 @@ def load_weights(model, content, path, head=True):
     """Copy a checkpoint's weights, or all but its head's, into a model that was built alike; raises ModelError."""
     theirs = content["model"]
     if theirs["pretrained"] is not None and model.fingerprint != content["fingerprint"]:
-        raise ModelError(f"{path} was trained around other frozen weights than {model.config['backbone']!r} has: it wants"
-                         f" {theirs['backbone']!r} with weights {theirs['pretrained']!r}")
+        raise ModelError(f"{path} is of {theirs['method']} around {theirs['backbone']!r} with weights {theirs['pretrained']!r},"
+                         f" other frozen weights than those of this {model.config['method']} around {model.config['backbone']!r}")
     chosen = lambda weights: {k: v for k, v in weights.items() if head or not k.startswith("head.")}
     load_strictly(model, chosen(saved_weights(model)), chosen(content["weights"]), f"{path} does not fit the model")
 
@@ -309,20 +321,13 @@ def load_checkpoint(path, backbone=None, pretrained=None):
         raise ModelError(f"{path} is refused: its configuration makes no model: {error}")
     return model.eval(), content
 
-def export_image_model(model, folder):
-    """Write a model's image tower as an open_clip folder, for --backbone local-dir:FOLDER."""
-    name, visual = BACKBONES.get(model.config["backbone"], model.config["backbone"]), model.visual
-    config = dict(open_clip.get_model_config(name), text_cfg=NO_TEXT)
-    config["vision_cfg"]["image_size"] = visual.image_size[0]
-    clip = create_clip(name, visual.image_size[0], load_weights=False, text_cfg=NO_TEXT)
-    clip.visual = visual
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "open_clip_config.json"), "w") as file:
-        json.dump(dict(model_cfg=config, preprocess_cfg=dict(mean=visual.image_mean, std=visual.image_std)), file, indent=1)
-    state = {k: v if k.startswith("visual.") else 0 * v for k, v in clip.state_dict().items()}  # nobody uses the text tower
-    safetensors.torch.save_file(state, os.path.join(folder, "open_clip_model.safetensors"))
-
 # ---------------------------------------------------------------- the report
+PEERS = """Others on Kinetics-400, by their own READMEs; GMACs (they say GFLOPs) of 3 views:
+AIM         ViT-B/16   8 / 16 / 32 frames    606 /  1214 /  2428 GMACs   11 M tuned   top-1 83.9 / 84.5 / 84.7 %
+AIM         ViT-L/14   8 / 16 / 32 frames   2902 /  5604 / 11208 GMACs   38 M tuned   top-1 86.8 / 87.3 / 87.5 %
+ZeroI2V     ViT-B/16   8 frames    422 GMACs   top-1 83.0 %      ViT-L/14   32 frames   7783 GMACs   top-1 87.2 %
+ST-Adapter  ViT-B/16   8 frames                top-1 82.2 %"""
+
 def report(args):
     """Prints a table per backbone, a row per model: what is counted, and with args.bench what adapters.compare measures."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -341,7 +346,7 @@ def report(args):
                 models.append(prepare(build_model(**config).to(device), dtype, args.compile, args.checkpoint_activations))
         if args.bench:
             rate = compare(rows, models, load_image_model(backbone, None).to(device, dtype), args.batch, args.rounds)
-        cells = [[str(cell) for cell in line] for line in [rows[0], *(row.values() for row in rows)]]
+        cells = [[f"{c:.5g}" if isinstance(c, float) else str(c) for c in line] for line in [rows[0], *(r.values() for r in rows)]]
         table = ["  ".join(cell.rjust(max(map(len, column))) for cell, column in zip(line, zip(*cells))) for line in cells]
         how = f"{args.batch} clips, {machine}, {dtype}; a large product: {2e-12 * rate:.3g} TFLOP/s" if args.bench else "counted"
         print(f"{backbone}: {how}", *table, "", sep="\n")
@@ -354,25 +359,20 @@ def report(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Parameters, multiply-accumulates and speed of each method.")
     add = parser.add_argument
-    add("--backbone", nargs="+", default=["ViT-B-16-quickgelu", "ViT-L-14-quickgelu"], help="open_clip names")
-    add("--method", nargs="+", choices=METHODS, default=METHODS)
-    add("--frames", nargs="+", type=int, default=[16, 32, 48], help="frames of DualPath's clips, T")
+    add("--backbone", nargs="+", default=["ViT-B-16-quickgelu", "ViT-L-14-quickgelu"], metavar="NAME", help="(%(default)s)")
+    add("--method", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help=f"{', '.join(METHODS)} (all)")
+    add("--frames", nargs="+", type=int, default=[16, 32, 48], metavar="T", help="frames of DualPath's clips (%(default)s)")
     add("--json", metavar="FILE", help="write the table to a file, too")
     add("--bench", action="store_true", help="measure speed and memory, too")
-    add("--batch", type=int, default=1, help="clips per step, for --bench; less if memory runs out")
-    add("--rounds", type=int, default=5, help="in which all take turns, for --bench")
+    add("--batch", type=int, default=1, metavar="N", help="clips per step, for --bench; less if memory runs out (%(default)s)")
+    add("--rounds", type=int, default=5, metavar="N", help="in which all take turns, for --bench (%(default)s)")
     for option in ("--compile", "--checkpoint-activations"):
         add(option, action="store_true", help="as in train.py, for --bench")
-    add("--export", nargs=2, metavar=("CKPT", "DIR"), help="write a checkpoint's image model to a folder")
     args = parser.parse_args(argv)
     try:
         if min(args.batch, args.rounds, *args.frames) < 1:
             raise ModelError("--batch, --rounds and --frames are numbers from 1")
-        if args.export:
-            export_image_model(load_checkpoint(args.export[0])[0], args.export[1])
-            print(f"wrote {args.export[1]}; use it with --backbone local-dir:{args.export[1]}")
-        else:
-            report(args)
+        report(args)
     except (ModelError, OSError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"model.py: {str(error).splitlines()[0]}")
 

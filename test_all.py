@@ -2,6 +2,7 @@
 import copy
 import csv
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -132,30 +133,50 @@ def test_position_code_is_the_mean_over_pixels_of_the_pixels_codes(rows, cols, h
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), want.reshape(sets, -1, dim), atol=1e-6)
 
-def test_grid_as_a_script(tmp_path, capsys):
-    clip, picture = str(tmp_path / "a:b.mp4"), str(tmp_path / "grid.png")
+@pytest.fixture
+def figures(monkeypatch):
+    """The pictures that are written, as matplotlib's figures."""
+    import matplotlib.figure
+    figures, write = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path: figures.append(figure) or write(figure, path))
+    return figures
+
+def shown(stripe):
+    """The images of a stripe, and the texts on each."""
+    return [(axes.images[0].get_array(), [text.get_text() for text in axes.texts]) for axes in stripe.axes]
+
+def test_grid_as_a_script(tmp_path, capsys, figures):
+    clip, picture = str(tmp_path / "a:b$1$.mp4"), str(tmp_path / "grid.png")
     data.write_video(clip, data.draw_moving(1, "left", "vertical"))
     grid.main([clip, picture])
     assert "16 of 16 frames" in capsys.readouterr().out
-    drawn, frames = np.array(Image.open(picture)).astype(int), np.stack(decode_whole(clip))
-    size = (drawn.shape[1] - 8) // 8 - 8  # eight frames of 64 px across, enlarged
-    for i, number in enumerate(range(0, 16, 2)):
-        left = 8 + i * (size + 8)
-        want = np.array(Image.fromarray(frames[number]).resize((size, size)))
-        assert abs(drawn[32 + 30:32 + size, left:left + size] - want[30:]).max() <= 1  # below the number
-        assert (drawn[32:32 + 20, left:left + 20] == 255).any() and (drawn[32:32 + 20, left:left + 20] == 0).any()
-    half = (drawn.shape[1] - 8) // 2 - 8
-    tiles = grid.frameset(torch.from_numpy(frames).permute(0, 3, 1, 2)[None])[0, 0].permute(1, 2, 0).numpy()
-    want = np.array(Image.fromarray(tiles).resize((half, half)))
-    top = 32 + size + 4 + 32
-    assert abs(drawn[top + half - 90:top + half, 8 + half - 90:8 + half] - want[-90:, -90:]).max() <= 1
+    frames = np.stack(decode_whole(clip))
+    above, below = figures[-1].subfigs
+    for (image, texts), number in zip(shown(above), range(0, 16, 2), strict=True):
+        assert np.array_equal(image, frames[number]) and texts == [str(number)]
+    (image, texts), = shown(below)
+    assert np.array_equal(image.transpose(2, 0, 1), grid.frameset(torch.from_numpy(frames).permute(0, 3, 1, 2)[None])[0, 0])
+    assert texts == [str(i) for i in range(16)]
+    places = [text.get_position() for text in below.axes[0].texts]  # from the lower left corner
+    assert all(0 < x - i % 4 / 4 < 0.03 and 0 < 1 - i // 4 / 4 - y < 0.03 for i, (x, y) in enumerate(places))
+    drawn = np.array(Image.open(picture).convert("RGB"))
+    assert drawn.shape[1] == 1000 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 100
     grid.main([video_of(tmp_path / "long.mp4", 40), picture])
-    assert "32 of 40 frames" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="cannot read .*test_all"):
-        grid.main([__file__, picture])
-    for bad in ("/no/where/a.png", str(tmp_path / "a.xyz")):
-        with pytest.raises(SystemExit, match=f"cannot write {bad}"):
-            grid.main([clip, bad])
+    assert "32 of 40 frames" in capsys.readouterr().out and len(shown(figures[-1].subfigs[1])) == 2
+    assert [texts for _, texts in shown(figures[-1].subfigs[0])] == [[str(i * 4 * 40 // 32)] for i in range(8)]
+
+def test_classes_are_drawn_by_accuracy_and_confusion(tmp_path, figures):
+    labels, guesses = [0] * 4 + [1] * 4 + [2] * 2, [0, 0, 0, 1] + [1, 2, 2, 0] + [None, None]
+    grid.draw_classes(tmp_path / "a.png", "title", labels, guesses, ["x", "$y", "z"])
+    bars = [([label.get_text() for label in axes.get_yticklabels()], [bar.get_width() for bar in axes.patches])
+            for axes in (stripe.axes[0] for stripe in figures[0].subfigs)]
+    assert bars[0] == (["z (2)", "$y (4)", "x (4)"], [0, 0.25, 0.75])
+    assert bars[1] == (["$y → z (2 of 4)", "x → $y (1 of 4)", "$y → x (1 of 4)"], [0.5, 0.25, 0.25])
+    assert "75.0 %" in [text.get_text() for text in figures[0].subfigs[0].axes[0].texts] and figures[0].get_suptitle() == "title"
+    grid.draw_classes(tmp_path / "a.png", "all right", [0, 1], [0, 1], ["x", "y"])  # nothing to confuse
+    names = [f"class {i} with a very long name, as of Something-Something, which has to be cut somewhere" for i in range(400)]
+    grid.draw_classes(tmp_path / "a.png", "many", list(range(400)), [0] * 400, names)
+    assert all(len(stripe.axes[0].patches) == 20 for stripe in figures[2].subfigs)
 
 def video_of(path, number):
     data.write_video(str(path), numbered_frames(number))
@@ -173,6 +194,37 @@ def test_the_readmes_table_from_paper_to_code_names_what_is_there():
             file, _, attribute = name.rpartition(".")
             module = sys.modules[file] if file else module
             assert hasattr(module, attribute), name
+
+def test_the_readme_names_options_that_are_there(capsys):
+    known = set()
+    for main in (train.main, evaluate.main, data.main, models.main):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    elsewhere = ("--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max-restarts --signals-to-handle --standalone --thorough"
+                 " --nodes --ntasks-per-node --gpus-per-node --signal").split()  # torchrun's, pytest's and Slurm's
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", open(script("README.md")).read()))
+    assert len(named) > 30 and named <= known | set(elsewhere), named - known - set(elsewhere)
+
+def test_the_readmes_links_lead_somewhere():
+    readme = open(script("README.md")).read()
+    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in readme.splitlines() if line.startswith("#")}
+    anchors, files = re.findall(r"\]\(#([^)]+)\)", readme), re.findall(r'(?:\]\(|src=")(assets/[^)"]+)', readme)
+    assert len(anchors) > 6 and set(anchors) <= headings
+    assert len(files) == 3 and all(os.path.getsize(script(file)) < 100_000 for file in files)
+
+def test_the_readmes_python_runs(micro, tmp_path, monkeypatch, capsys):
+    code = open(script("README.md")).read().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    train.main(SMALL + ["--root", micro, "--epochs", "1"])
+    shutil.copy(data.find_videos("folder", micro).val[0][0], "clip.mp4")
+    capsys.readouterr()
+    variables = {}
+    exec(code, variables)
+    assert capsys.readouterr().out.strip() in variables["info"]["run"]["classes"]
+    assert variables["y_sp"].shape == variables["y_tp"].shape == (1, 128)
+    log = [json.loads(line) for line in open("runs/folder-dualpath-s0/log.jsonl")]  # what pandas reads with lines=True
+    assert len(log) == 1 and all(not isinstance(value, (list, dict)) for value in log[0].values())
 
 def script(name):
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
@@ -408,7 +460,7 @@ def test_the_benchmark_measures_next_to_the_plain_model(tmp_path, capsys):
     assert [(r["method"], r["T"], r["images"]) for r in rows] == [
         ("dualpath", 16, 9), ("dualpath", 32, 10), ("dualpath+A_t0", 32, 10), *[(m, 8, 8) for m in models.METHODS[1:]],
         ("aim", 16, 16), ("aim", 32, 32)]
-    assert all(str(row["train ratio"]) in out for row in rows) and "AIM" in out and rows[0]["growth"] == 1
+    assert all(f"{row['train ratio']:.5g}" in out and f"{row['GMACs/view']:.5g}" in out for row in rows) and "AIM" in out and rows[0]["growth"] == 1
     for row in rows:
         for kind in ("forward", "train"):  # of a single round
             assert row[f"{kind} ratio"] == pytest.approx(row[f"plain {kind}/s"] / row[f"{kind}/s"], rel=1e-3, abs=1e-3)
@@ -430,7 +482,7 @@ def test_spatial_feature_starts_as_open_clips_own(backbone, tmp_path):
     if backbone == "tiny":
         clip = open_clip.create_model_and_transforms(models.BACKBONES["tiny"])[0]
     else:
-        clip = models.create_clip(options["backbone"])
+        clip = open_clip.create_model(options["backbone"])
         clip.visual.load_state_dict(model.visual.state_dict())
     images = video[:, [0, 4, 8, 12]].flatten(0, 1) / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip.visual.image_mean, clip.visual.image_std))
@@ -562,7 +614,7 @@ def test_the_image_models_own_dropout_stays_off(tmp_path):
 def test_tuned_parameters_are_the_papers(backbone, classes, pre, tuned):
     with torch.device("meta"):
         model = models.build_model(backbone=backbone, pretrained=None, num_classes=classes, pre_attention_adapter=pre)
-    assert adapters.count(model)["tuned M"] == tuned
+    assert round(adapters.count(model)["tuned M"], 2) == tuned
 
 @pytest.mark.parametrize("backbone, frames, gmacs", [
     ("ViT-B-16-quickgelu", 16, 166), ("ViT-B-16-quickgelu", 32, 185), ("ViT-B-16-quickgelu", 48, 203),
@@ -665,6 +717,37 @@ def test_wrong_options_get_a_sentence(options, words):
     with pytest.raises(models.ModelError, match=words):
         models.build_model(**{**TINY, **options})
 
+def test_attention_is_that_of_the_last_blocks_class_tokens():
+    model = randomise(models.build_model(**TINY)).eval()
+    video, inputs = random_video(1), []
+    hook = model.blocks[-1].register_forward_pre_hook(lambda _, args: inputs.append(args))
+    frames, framesets = models.attention(model, video)
+    hook.remove()
+    assert frames.shape == (4, 8, 8) and framesets.shape == (1, 8, 8)
+    block, *tokens = inputs[0]
+    heads = block.attn.num_heads
+    for got, x in zip((frames, framesets), tokens):
+        q, k, _ = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).unflatten(-1, (3, heads, -1)).unbind(2)
+        weights = torch.einsum("nhd,nlhd->nhl", q[:, 0], k) / q.shape[-1] ** 0.5
+        weights = weights.softmax(-1).mean(1)[:, 1:]  # of the patches
+        torch.testing.assert_close(got.flatten(1), weights / weights.sum(1, keepdim=True), rtol=1e-4, atol=1e-6)
+    assert torch.equal(model(video), model(video)) and not block.attn._forward_hooks and not block.attn._forward_pre_hooks
+
+@pytest.mark.parametrize("options", [dict(paths="spatial"), dict(paths="temporal"), *[dict(method=m) for m in models.METHODS[1:]]])
+def test_attention_of_every_method(options):
+    frames, framesets = models.attention(models.build_model(**{**TINY, **options}).eval(), random_video(1))
+    assert frames.shape == (4 * (options.get("paths") != "temporal"), 8, 8)
+    assert framesets.shape == (1 * (options.get("paths") == "temporal"), 8, 8)
+    for look in (frames, framesets):
+        torch.testing.assert_close(look.sum((1, 2)), torch.ones(len(look)))
+        assert (look > 0).all()
+
+def test_attention_that_keeps_its_weights_is_a_sentence(tmp_path):
+    folder = vit_folder(tmp_path / "custom", block_type="custom", scale_attn=True)
+    model = models.build_model(**dict(TINY, backbone=folder, pretrained=None)).eval()
+    with pytest.raises(models.ModelError, match="custom.*does not tell its weights"):
+        models.attention(model, random_video(1, size=32))
+
 # ---------------------------------------------------------------- model.py: the image model's weights
 
 @pytest.fixture
@@ -688,7 +771,11 @@ def test_without_a_network_the_sentence_says_what_to_do(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", no_network)
     with pytest.raises(models.ModelError, match="without a network.*--pretrained PATH.*not known") as error:
         models.build_model(pretrained="openai")
-    assert "forty" not in str(error.value)
+    assert "forty" not in str(error.value) and "download https://openaipublic.azureedge.net/clip/models/" in str(error.value)
+    with pytest.raises(models.ModelError, match="download https://huggingface.co/laion/CLIP-ViT-B-16.* elsewhere"):
+        models.build_model(backbone="ViT-B-16", pretrained="laion2b_s34b_b88k")
+    with pytest.raises(models.ModelError, match="cannot load the image model 'tiny': Name"):
+        models.build_model(**TINY)
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(models.ModelError, match="could not be loaded"):
@@ -725,7 +812,7 @@ class Holder(torch.nn.Module):
 
 @pytest.mark.parametrize("kind", ["clip.pt", "tower.bin", "training.pt", "clip.safetensors", "torchscript.pt"])
 def test_weights_come_from_local_files(kind, builtin, tmp_path, capsys):
-    clip = models.create_clip(builtin)
+    clip = open_clip.create_model(builtin)
     path, whole, tower = str(tmp_path / kind), clip.state_dict(), clip.visual.state_dict()
     if kind == "clip.safetensors":
         safetensors.torch.save_file(whole, path)
@@ -743,7 +830,7 @@ def test_weights_come_from_local_files(kind, builtin, tmp_path, capsys):
     (lambda s: s.pop("proj"), "proj is missing"), (lambda s: s.update(extra=torch.zeros(1)), "extra is too many"),
     (lambda s: s.update(proj=torch.zeros(48, 25)), r"proj has shape \(48, 25\), not \(48, 24\)")])
 def test_files_that_do_not_fit_are_refused(spoil, words, builtin, tmp_path):
-    state = models.create_clip(builtin).visual.state_dict()
+    state = open_clip.create_model(builtin).visual.state_dict()
     spoil(state)
     torch.save(state, tmp_path / "tower.pt")
     with pytest.raises(models.ModelError, match=words):
@@ -858,14 +945,6 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(models.ModelError, match="No such file"):
         save(model, tmp_path / "absent" / "a.pt")
 
-def test_export_gives_an_ordinary_open_clip_folder(tmp_path):
-    model = randomise(models.build_model(**dict(TINY, method="full")))
-    folder = str(tmp_path / "out")
-    models.main(["--export", save(model, tmp_path / "a.pt"), folder])
-    clip = open_clip.create_model_and_transforms(f"local-dir:{folder}")[0]
-    assert all(torch.equal(v, clip.visual.state_dict()[k]) for k, v in model.visual.state_dict().items())
-    assert tuple(clip.visual.image_mean) == (0.5, 0.5, 0.5) and os.path.getsize(f"{folder}/open_clip_model.safetensors") < 6e6
-
 # ---------------------------------------------------------------- data.py
 
 def numbered_frames(number, height=48, width=64):
@@ -933,7 +1012,7 @@ def write_anything(path, codec, number=60, size=(48, 64), pix_fmt="yuv420p", pts
 def decode_whole(path):
     """The reference: every frame, in order, each by a fresh converter."""
     with data.av.open(f"file:{path}") as container:
-        return [data.VideoReformatter().reformat(frame, format="rgb24").to_ndarray()
+        return [data.av.video.reformatter.VideoReformatter().reformat(frame, format="rgb24").to_ndarray()
                 for frame in container.decode(container.streams.best("video"))]
 
 def x264(**options):
@@ -1186,11 +1265,28 @@ def test_drawing_is_deterministic_and_whole_or_absent(tmp_path):
         data.drawn_data(str(tmp_path / "c"), (16, 8), stop_midway, data.MOVING_CLASSES)
     assert os.listdir(tmp_path / "c") == []
 
-def test_stills_show_their_class():
+@pytest.fixture(scope="module")
+def make():
+    """The script that made the tiny image model."""
+    spec = importlib.util.spec_from_file_location("make", script("assets/tiny/make.py"))
+    sys.modules["make"] = make = importlib.util.module_from_spec(spec)  # where processes that draw find it
+    spec.loader.exec_module(make)
+    return make
+
+def test_the_tiny_image_model_can_be_made(make, tmp_path):
+    shutil.copytree(make.HERE, tmp_path / "out")
+    before = open_clip.create_model(f"local-dir:{tmp_path}/out").visual.state_dict()
+    make.main((128, 41), 1, str(tmp_path / "stills"), str(tmp_path / "run"), str(tmp_path / "out"))
+    clip, trained = open_clip.create_model(f"local-dir:{tmp_path}/out"), models.load_checkpoint(str(tmp_path / "run/last.pt"))[0].visual
+    assert all(torch.equal(v, clip.visual.state_dict()[k]) for k, v in trained.state_dict().items())
+    assert not torch.equal(before["conv1.weight"], trained.conv1.weight) and tuple(clip.visual.image_mean) == (0.5, 0.5, 0.5)
+    assert os.path.getsize(tmp_path / "out/open_clip_model.safetensors") < 6e6
+
+def test_stills_show_their_class(make):
     for cell in range(16):
         for texture in data.TEXTURES:
             background = data.Scene(np.random.default_rng([2, cell])).background
-            still = data.draw_still([2, cell], texture, cell)
+            still = make.draw_still([2, cell], texture, cell)
             assert still.shape == (1, 64, 64, 3)
             y, x = centre(still[0], background)
             if cell in (5, 6, 9, 10):  # not cut off by the border
@@ -1200,7 +1296,7 @@ def test_stills_show_their_class():
                 assert (down > 40 > across) if texture == "horizontal" else (across > 40 > down)
     for cell in range(9):
         background = data.Scene(np.random.default_rng([1, cell])).background[::4, ::4]
-        sheet = data.draw_still([1, cell], "sheet", cell)[0]
+        sheet = make.draw_still([1, cell], "sheet", cell)[0]
         for row in range(4):
             for col in range(4):
                 y, x = centre(sheet[row * 16:row * 16 + 16, col * 16:col * 16 + 16], background)
@@ -1526,24 +1622,32 @@ def test_a_crop_keeps_at_least_its_share_of_the_frame():
         widths = [(out[0, 0, 32, -1].item() - out[0, 0, 32, 0].item()) / 252 for out in (transform(picture) for _ in range(40))]
         assert (min(widths) < 0.5 if least == 0.08 else min(widths) > 0.85) and len(set(widths)) > 5  # 0.9 of the area is 0.9 wide
 
-def test_views_are_start_centre_and_end(micro):
-    clip = torch.arange(128).view(1, 1, 1, 128).expand(2, 3, 64, 128).to(torch.uint8)
-    left, centre, right = evaluate.test_crops(clip, 64, 3)
-    assert left[0, 0, 0, [0, -1]].tolist() == [0, 63] and centre[0, 0, 0, 0] == 32 and right[0, 0, 0, [0, -1]].tolist() == [64, 127]
-    tall = clip.transpose(2, 3)
-    assert evaluate.test_crops(tall, 64, 1)[0][0, 0, [0, -1], 0].tolist() == [32, 95]
-    views, label, index, error = evaluate.Views(data.find_videos("folder", micro).val, 4, 32, stride=2, views=(2, 3))[1]
-    assert views.shape == (6, 4, 3, 32, 32) and (label, index, error) == (1, 1, None)
+def test_views_are_start_centre_and_end(micro, monkeypatch):
+    samples = data.find_videos("folder", micro).val
+    views, label, index, numbers = data.Views(samples, 4, 32, stride=2, views=(2, 3))[1]
+    assert views.shape == (6, 4, 3, 32, 32) and (label, index, numbers) == (1, 1, [0, 2, 4, 6, 9, 11, 13, 15])
+
+    picture = np.empty((1, 64, 128, 3), np.uint8)
+    picture[:] = np.arange(128)[:, None]
+    number = lambda plan: np.reshape(plan(10), (-1, 1, 1, 1)) * np.array([0, 0, 1], np.uint8)  # blue is the frame's number
+    read = lambda path, plan: np.concatenate([np.broadcast_to(picture, (4, 64, 128, 3))[..., :2],
+                                              np.broadcast_to(number(plan)[..., 2:], (4, 64, 128, 1))], -1).astype(np.uint8)
+    monkeypatch.setattr(data, "read_frames", read)
+    views, *_, numbers = data.Views(samples, 2, 64, stride=1, views=(2, 3))[0]
+    assert numbers == [0, 1, 8, 9] and views[:, :, 2, 0, 0].tolist() == [[0, 1]] * 3 + [[8, 9]] * 3  # clip by clip
+    assert views[:, 0, 0, 0, [0, -1]].tolist() == [[0, 63], [32, 95], [64, 127]] * 2
+    monkeypatch.setattr(data, "read_frames", lambda path, plan: read(path, plan).transpose(0, 2, 1, 3))
+    assert data.Views(samples, 4, 64)[0][0][0, 0, 0, [0, -1], 0].tolist() == [32, 95]
 
 def test_views_and_clips_ask_for_their_frames(monkeypatch):
     asked = []
     monkeypatch.setattr(data, "read_frames", lambda path, plan: asked.append(plan(120)) or np.zeros((len(asked[-1]), 32, 32, 3), np.uint8))
-    evaluate.Views([("a", 0)], 4, 32, "dense", 2, (3, 1))[0]
-    assert asked.pop().reshape(3, 4)[:, 0].tolist() == [0, 56, 113]
-    evaluate.Views([("a", 0)], 4, 32, "uniform", 2, (3, 2))[0]
-    assert asked.pop().reshape(3, 4).tolist() == [[5, 35, 65, 95], [15, 45, 75, 105], [25, 55, 85, 115]]
-    evaluate.Views([("a", 0)], 4, 32, "dense", 2, (1, 3))[0]
-    assert asked.pop().tolist() == [56, 58, 60, 62]
+    data.Views([("a", 0)], 4, 32, "dense", 2, (3, 1))[0]
+    assert np.reshape(asked.pop(), (3, 4))[:, 0].tolist() == [0, 56, 113]
+    data.Views([("a", 0)], 4, 32, "uniform", 2, (3, 2))[0]
+    assert np.reshape(asked.pop(), (3, 4)).tolist() == [[5, 35, 65, 95], [15, 45, 75, 105], [25, 55, 85, 115]]
+    data.Views([("a", 0)], 4, 32, "dense", 2, (1, 3))[0]
+    assert asked.pop() == [56, 58, 60, 62]
     for sampling in ("dense", "uniform"):
         clips = data.Clips([("a", 0)], 4, 32, sampling, (2,), "crop")
         starts = [(clips[epoch, 0], asked.pop()[0])[1] for epoch in range(50)]
@@ -1561,13 +1665,11 @@ def test_an_unreadable_video_is_replaced_in_training_and_reported_in_testing(mic
     samples = [(bad, 0)] + data.find_videos("folder", micro).train
     clip, label, failures = data.Clips(samples, 4, 32)[0, 0]
     assert clip.shape == (4, 3, 32, 32) and len(failures) == 1 and bad in failures[0]
-    views, label, index, error = evaluate.Views(samples, 4, 32)[0]
+    views, label, index, error = data.Views(samples, 4, 32)[0]
     assert views is None and bad in error
     items = [data.Clips([(bad, 0)], 4, 32)[0, 0], (clip, label, [])]
     assert items[0][0] is None and len(items[0][2]) == 10
     assert data.collate(items)[0] is None and len(data.collate(items)[2]) == 10
-    clip, _, failures = data.Clips(samples[1:], 4, 48, augment="translate")[0, 0]
-    assert clip is None and "64x64" in failures[0] and "48x48" in failures[0]
 
 def test_global_batches_do_not_depend_on_the_number_of_processes():
     whole = train.batches(22, 2, 8, seed=3)
@@ -1598,7 +1700,7 @@ def test_data_as_a_script(micro, tmp_path, monkeypatch, capsys):
     data.main(["--data", "list", "--root", "lists", "--limit", "5"])
     assert "1 read; problems-list.csv: 2 x missing" in capsys.readouterr().out
     benchmark("k400", tmp_path / "k400")
-    assert data.main(["--data", "k400", "--root", "k400"]) == 1 and table("k400")[1:] == [["number of classes", "2", "k400 has 400"]]
+    assert data.main(["--data", "k400", "--root", "k400"]) == 0 and table("k400")[1:] == []
     for options, words in ((["--root", "/no/where"], "/no/where is not there"), (["--data", "k400", "--root", "set"], "train.csv is not there, nor")):
         with pytest.raises(SystemExit, match=words):
             data.main(["--data", "folder", *options])
@@ -1714,10 +1816,64 @@ def test_train_then_evaluate(micro, tmp_path, capsys):
     assert printed.count("%") == 5 and rows[0]["class1"] in printed and video in printed
     assert evaluate.main([f"{out}/last.pt", __file__]) == 1 and "cannot read" in capsys.readouterr().out
 
+def test_pictures_of_what_decided_and_of_what_is_confused(micro, tmp_path, capsys, figures):
+    out, picture = str(tmp_path / "run"), str(tmp_path / "picture.png")
+    train.main(SMALL + ["--root", micro, "--out", out])
+    log = lines(out)
+    for axes, key in zip(figures[0].subfigs[0].axes, ("train_loss", "lr", "val_top1"), strict=True):
+        line, = axes.lines
+        assert axes.get_title() == key and line.get_xydata().tolist() == [[row["epoch"], row[key]] for row in log]
+    assert Image.open(f"{out}/curves.png").size[0] == 1000
+
+    sample = data.find_videos("folder", micro).val[0]
+    assert evaluate.main([f"{out}/last.pt", sample[0], "--picture", picture, "--views", "3x3"]) == 0
+    assert len(figures) == 3  # the one before the work says whether it can be written
+    printed, (above, below, bars) = capsys.readouterr().out, figures[2].subfigs
+    view, *_ = data.Views([sample], 16, 64, views=(3, 3))[0]
+    spatial, temporal = models.attention(models.load_checkpoint(f"{out}/last.pt")[0], view[4:5])
+    for (image, texts), number, axes, look in zip(shown(above), (0, 4, 8, 12), above.axes, spatial, strict=True):
+        assert np.array_equal(image.transpose(2, 0, 1), view[4, number]) and texts == [str(number)]
+        np.testing.assert_allclose(axes.images[1].get_array(), look / spatial.max(), rtol=1e-4)
+    (image, texts), = shown(below)
+    assert np.array_equal(image.transpose(2, 0, 1), grid.frameset(view[4:5])[0, 0])
+    np.testing.assert_allclose(below.axes[0].images[1].get_array(), temporal[0] / temporal.max(), rtol=1e-4)
+    shares = temporal[0].unflatten(0, (4, 2)).unflatten(2, (4, 2)).sum((1, 3)).flatten()  # 8 x 8 patches, each in one little frame
+    assert texts == [f"{i}: {100 * share:.0f} %" for i, share in enumerate(shares)]
+    names = [label.get_text() for label in bars.axes[0].get_yticklabels()]
+    assert len(names) == 5 and all(f"{100 * bar.get_width():.1f} %  {name}" in printed for bar, name in zip(bars.axes[0].patches, names))
+    assert Image.open(picture).size[0] == 1000
+
+    assert evaluate.main([f"{out}/last.pt", "--workers", "0", "--picture", picture]) == 0
+    assert f"top-1 {100 * log[-1]['val_top1']:.2f} %" in figures[-1].get_suptitle() and len(figures[-1].subfigs[0].axes[0].patches) == 8
+    for argv, words in (([sample[0], "--picture", str(tmp_path / "a.xyz")], "cannot write .*a.xyz"),
+                        (["--picture", str(tmp_path / "absent/a.png")], "cannot write .*absent/a.png")):
+        with pytest.raises(SystemExit, match=words), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "predict", None)  # it says so before it works
+            evaluate.main([f"{out}/last.pt", *argv])
+    with pytest.raises(SystemExit):
+        evaluate.main([f"{out}/last.pt", sample[0], sample[0], "--picture", picture])
+    assert "--picture draws one video or a data set, and there are 2" in capsys.readouterr().err
+
+def test_a_little_frames_share_counts_the_parts_of_its_patches(monkeypatch, tmp_path, figures):
+    """A grid of 6 x 6 patches does not divide by 4: the second patch of a row is half in the first little frame."""
+    folder = vit_folder(tmp_path / "vit", image_size=48)
+    model = models.build_model(**dict(TINY, backbone=folder, pretrained=None)).eval()
+    look = torch.rand(1, 6, 6)
+    monkeypatch.setattr(models, "attention", lambda model, video: (torch.zeros(0, 6, 6), look / look.sum()))
+    clips = [(random_video(1, 16, 48), 0, 0, list(range(16)))]
+
+    class Views(list):
+        samples = [("a.mp4", 0)]
+    evaluate.draw_clip(tmp_path / "a.png", model, Views(clips), (0, 0, [1], [1.0], None), ["x", "y"])
+    pixels = (look / look.sum())[0].repeat_interleave(8, 0).repeat_interleave(8, 1) / 64
+    want = [pixels[12 * (i // 4):12 * (i // 4) + 12, 12 * (i % 4):12 * (i % 4) + 12].sum() for i in range(16)]
+    (_, texts), = shown(figures[0].subfigs[0])
+    assert texts == [f"{i}: {100 * share:.0f} %" for i, share in enumerate(want)]
+
 def test_scores_are_averaged_over_views(micro):
     model = randomise(models.build_model(**TINY)).eval()
     videos = data.find_videos("folder", micro)
-    clips = evaluate.Views(videos.val, 16, 64, views=(2, 3))
+    clips = data.Views(videos.val, 16, 64, views=(2, 3))
     rows = evaluate.predict(model, clips, torch.device("cpu"), batch=3)
     assert [row[0] for row in rows] == list(range(8))
     with torch.no_grad():
@@ -1769,8 +1925,7 @@ def test_a_run_uses_its_recipe(tmp_path, monkeypatch):
             return original(*args, **kwargs)
         return make
     monkeypatch.setattr(data, "Clips", recorded_arguments(data.Clips))
-    monkeypatch.setattr(train, "Views", recorded_arguments(evaluate.Views))
-    monkeypatch.setattr(evaluate, "Views", recorded_arguments(evaluate.Views))
+    monkeypatch.setattr(data, "Views", recorded_arguments(data.Views))
     for name in ("ssv2", "hmdb51"):
         recipe, out = train.parse(["--data", name]), str(tmp_path / "out" / name)
         benchmark(name, tmp_path / name)
@@ -1894,17 +2049,135 @@ def test_help_fits_a_screen_and_shows_the_recipe(capsys):
         assert error.value.code == 0 and all(word in printed for word in words)
         assert len(printed.splitlines()) <= 60 and max(map(len, printed.splitlines())) <= 131
 
-@pytest.mark.parametrize("options, words", [
+@pytest.mark.parametrize("main, words", [(evaluate, ["(8)", "(auto)", "(that of the training)"]), (data, ["(16)", "(demo)", "(all)"]),
+                                         (models, ["(5)", "(1)", "[16, 32, 48]"])])
+def test_the_other_helps_fit_a_screen_and_say_the_defaults(main, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main.main(["--help"])
+    printed = capsys.readouterr().out
+    assert error.value.code == 0 and all(word in printed for word in words)
+    assert len(printed.splitlines()) <= 40 and max(map(len, printed.splitlines())) <= 131
+
+@pytest.fixture(scope="module")
+def mistakes(micro, tmp_path_factory):
+    """A folder with a run and with what new users get wrong."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(SMALL + ["--root", micro, "--out", "run", "--epochs", "1"])
+        for name in ("one", "no-val", "other"):
+            shutil.copytree(micro, name)
+        for path in [*os.scandir("one/train"), *os.scandir("one/val")]:
+            if path.name != "up_vertical":
+                shutil.rmtree(path)
+        shutil.rmtree("no-val/val")
+        shutil.copytree("other/val/up_vertical", "other/val/sideways")
+        (folder / "text.mp4").write_text("not a video")
+        (folder / "empty").mkdir()
+    return folder
+
+TRAIN_MISTAKES = [
+    (["--root", "/no/where"], "/no/where is not there; say with --root"), (["--root", "one"], "one has 2 train videos and 1 classes; it needs 1 and 2"),
+    (["--root", "no-val"], "no-val/val is not there"), (["--root", "other"], "other gives the val video .*sideways"),
+    (["--root", "empty"], "empty/train is not there"), (["--data", "k400", "--root", "empty"], "empty/train.csv is not there"),
+    (["--data", "list", "--root", "empty"], "empty/train.txt is not there"),
     (["--batch", "99"], "--batch 99 must divide by 1 processes, and there are 16"), (["--amp", "fp16"], "--amp fp16 needs a CUDA GPU"),
-    (["--frames", "15"], "15.*16"), (["--size", "100"], "100.*96 or 104"), (["--bottleneck", "0"], None), (["--epochs", "0"], None),
-    (["--batch", "-1"], None), (["--workers", "-1"], None), (["--out", __file__], "test_all.py"), (["--resume", "--overwrite"], None), (["--init", "absent.pt"], "no checkpoint absent.pt"), (["--erasing", "2"], None), (["--lr", "-1"], None), (["--warmup", "nan"], None), (["--dropout", "x"], None), (["--seed", "-1"], None), (["--split", "2"], "--split chooses"), (["--root", "/no/where"], "/no/where")])
-def test_mistakes_on_the_command_line_get_a_sentence(options, words, micro, tmp_path, capsys):
-    if torch.cuda.is_available() and "--amp" in options:
+    (["--device", "cuda"], "--device cuda finds no GPU for process 0"), (["--device", "mps"], "--device mps finds no GPU"),
+    (["--frames", "15"], "frames is 15, .* 12 or 16"), (["--frames", "20"], "20, .* 16 or 32"), (["--spatial-frames", "3"], "16, which does not divide by 3"),
+    (["--size", "100"], "100.*96 or 104"), (["--split", "2"], "--split chooses"), (["--out", __file__], "test_all.py"),
+    (["--out", "run"], "run holds a run already: --resume continues it, --overwrite deletes it"),
+    (["--out", "run", "--resume", "--method", "aim"], "run/last.pt is of a run with other options: .*--method aim .was dualpath"),
+    (["--resume", "run/best.pt"], "run/best.pt holds weights only"), (["--resume", "text.mp4"], "text.mp4 is not a checkpoint of this project"),
+    (["--init", "absent.pt"], "no checkpoint absent.pt"), (["--init", "text.mp4"], "text.mp4 is not a checkpoint"),
+    (["--init", "run/best.pt", "--method", "aim"], "run/best.pt is of dualpath around .* than those of this aim around 'tiny'"),
+    (["--backbone", "ViT-B16"], "no model 'ViT-B16'; near: ViT-B-16"), (["--backbone", "RN50"], "'RN50' has no class token"),
+    (["--backbone", "ViT-B-16"], "'openai' were trained with QuickGELU, .* --backbone ViT-B-16-quickgelu"),
+    (["--backbone", "ViT-B-16", "--pretrained", "opnai"], "'opnai' is neither a file nor weights"),
+    (["--backbone", "ViT-B-16", "--pretrained", "text.mp4"], "cannot read weights from text.mp4"),
+    (["--backbone", "local-dir:/no/where"], "'local-dir:/no/where'"), (["--method", "aim", "--paths", "spatial"], "paths is 'spatial'; it is both"),
+    *[([option, value], None) for option, value in (
+        ("--bottleneck", "0"), ("--epochs", "0"), ("--batch", "-1"), ("--workers", "-1"), ("--erasing", "2"), ("--lr", "-1"), ("--warmup", "nan"),
+        ("--dropout", "x"), ("--seed", "-1"), ("--views", "0x1"), ("--method", "dualpth"), ("--data", "k600"))]]
+
+@pytest.mark.parametrize("options, words", TRAIN_MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_mistakes_in_training_get_a_sentence(options, words, mistakes, micro, monkeypatch, tmp_path, capsys):
+    if torch.cuda.is_available() and ("--amp" in options or "--device" in options):
         pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(mistakes)
     with pytest.raises(SystemExit, match=words) as error:
         train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "run"), *options])
     if words is None:  # argparse prints the sentence itself
-        assert error.value.code == 2 and options[0] in capsys.readouterr().err
+        assert error.value.code == 2 and f"argument {options[0]}: " in (printed := capsys.readouterr().err) and options[1] in printed
+    else:
+        assert re.match(r"\w+\.py: ", error.value.code) and "\n" not in error.value.code
+    assert not os.path.exists(tmp_path / "run") and sorted(os.listdir(mistakes / "run")) == ["best.pt", "curves.png", "last.pt", "log.jsonl"]
+
+@pytest.mark.parametrize("main, argv, words", [
+    (evaluate, ["absent.pt"], "no checkpoint absent.pt"), (evaluate, ["text.mp4"], "text.mp4 is not a checkpoint"),
+    (evaluate, ["run/best.pt", "--root", "/no/where"], "/no/where is not there"),
+    (evaluate, ["run/best.pt", "--root", "one"], "one has 1 val videos and 1 classes"),
+    (evaluate, ["run/best.pt", "--data", "hmdb51"], "data/hmdb51 is not there"),
+    (evaluate, ["run/best.pt", "--predictions", "/no/where/a.csv"], "/no/where/a.csv"),
+    (evaluate, ["run/best.pt", "--picture", "a.docx"], "cannot write a.docx"), (evaluate, ["run/best.pt", "--backbone", "RN50"], "'RN50' has no"),
+    (evaluate, ["run/best.pt", "--views", "3"], "'3' is not CLIPSxCROPS"), (evaluate, ["run/best.pt", "--batch", "0"], "'0' is not a whole number from 1"),
+    (grid, [], "usage"), (grid, ["text.mp4", "a.png"], "cannot read text.mp4"), (grid, ["absent.mp4", "a.png"], "cannot read absent.mp4"),
+    (grid, ["empty", "a.png"], "cannot read empty"), (data, ["--data", "k400"], "data/k400 is not there"), (data, ["--frames", "15"], "15"),
+    (models, ["--backbone", "x"], "no model 'x'"), (models, ["--backbone", "tiny", "--frames", "0"], "--frames are numbers from 1"),
+    (models, ["--backbone", "tiny", "--json", "/no/where/x"], "/no/where/x")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_other_mistakes_get_a_sentence(main, argv, words, mistakes, monkeypatch, capsys):
+    monkeypatch.chdir(mistakes)
+    with pytest.raises(SystemExit) as error:
+        main.main(argv)
+    said = error.value.code if isinstance(error.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert re.search(words, said) and "\n" not in said
+
+def test_a_file_that_is_no_video_is_named_and_the_others_are_classified(mistakes, micro, monkeypatch, capsys):
+    monkeypatch.chdir(mistakes)
+    good = data.find_videos("folder", micro).val[0][0]
+    assert evaluate.main(["run/best.pt", "text.mp4", good, "absent.mp4"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("cannot read text.mp4: ") and said[1] == good and said[-1].startswith("cannot read absent.mp4: there is no")
+    assert len(said) == 8
+
+def test_a_port_in_use_is_a_sentence(micro, tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=other.getsockname()[1]).items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit, match=f"in use. try --standalone.*port: {other.getsockname()[1]}"):
+            train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "run")])
+    assert not dist.is_initialized()
+
+@pytest.mark.parametrize("gpus, mps, local, asked, device", [
+    (0, False, 0, "auto", "cpu"), (0, True, 0, "auto", "mps"), (2, True, 1, "auto", "cuda:1"), (2, False, 1, "cpu", "cpu"), (0, True, 1, "cpu", "cpu"),
+    (1, True, 0, "mps", "mps"), (0, False, 3, "auto", "cpu"), (0, False, 0, "cuda", None), (2, False, 2, "auto", None), (0, True, 1, "auto", None)])
+def test_the_device_is_the_best_there_is_or_the_one_asked_for(gpus, mps, local, asked, device, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    if device is None:
+        with pytest.raises(OSError, match=f"--device {asked} finds no GPU for process {local}.*{gpus} of CUDA's and {int(mps)} of Apple's"):
+            adapters.choose_device(asked)
+    else:
+        assert adapters.choose_device(asked) == torch.device(device) and chosen == [local] * device.startswith("cuda")
+
+def test_in_the_log_of_a_job_progress_is_a_line_a_minute(monkeypatch):
+    assert not sys.stderr.isatty() and data.BAR["mininterval"] == data.BAR["maxinterval"] == data.BAR["delay"] == 60
+    log, now = io.StringIO(), [0.0]
+    for name in ("time", "_time"):
+        monkeypatch.setattr(data.tqdm, name, lambda self=None: now[0], raising=False)
+    import tqdm.std
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    bar = data.tqdm(range(600), "epoch 1/2", file=log, unit="clip", **data.BAR)
+    for i in bar:
+        now[0] += 1
+        if i % 20 == 0:
+            bar.set_postfix_str(f"loss {i}", False)
+    said = [line.strip("\r ") for line in log.getvalue().split("\n") if line.strip("\r ")]
+    assert 9 <= len(said) <= 11 and said[2].startswith("epoch 1/2: 180 of 600 in 03:00, 07:00 to go") and "loss 160" in said[2]
 
 def test_a_loss_that_is_not_finite_stops_the_run(micro, tmp_path):
     out = str(tmp_path / "run")
@@ -1938,7 +2211,7 @@ def two_processes(rank, folder, root):
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     mine = slice(rank * 2, rank * 2 + 2)
     F.cross_entropy(parallel(video[mine]), label[mine]).backward()
-    clips = evaluate.Views(data.find_videos("folder", root).val[:7], 16, 64)  # 7 videos: uneven shares
+    clips = data.Views(data.find_videos("folder", root).val[:7], 16, 64)  # 7 videos: uneven shares
     rows = evaluate.predict(model, clips, torch.device("cpu"), batch=2)
     torch.save(([p.grad for p in model.parameters()], rows), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -2002,7 +2275,7 @@ def test_two_processes_give_the_gradients_and_the_evaluation_of_one(micro, tmp_p
     torch.save((video, label), tmp_path / "batch.pt")
     torch.multiprocessing.spawn(two_processes, (str(tmp_path), micro), nprocs=2)
     F.cross_entropy(model(video), label).backward()
-    clips = evaluate.Views(data.find_videos("folder", micro).val[:7], 16, 64)
+    clips = data.Views(data.find_videos("folder", micro).val[:7], 16, 64)
     rows = evaluate.predict(model, clips, torch.device("cpu"))
     for rank in range(2):
         gradients, other = torch.load(tmp_path / f"{rank}.pt")

@@ -6,11 +6,11 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
              train.py --data k400                                          # two nodes, the same line on both
 
-Every option has its default from the recipe of the data set, below. Writes log.jsonl, last.pt, best.pt and, if videos could not be
-read, failed.txt to --out. A run that was cut off, anywhere, goes on with --resume.
+Every option has its default from the recipe of the data set, below. A run that was cut off, anywhere, goes on with --resume.
 """
 import argparse
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 import adapters
 import data
+import grid
 import model as models
-from evaluate import (Views, agree, at_least, autocast_type, fingerprint, gather, in_turn, leave_signals_to_the_parent, number,
-                      on_signals, parse_views, predict, processes, summarise)
+from evaluate import (agree, at_least, autocast_type, fingerprint, gather, help_lines, in_turn, leave_signals_to_the_parent,
+                      number, on_signals, parse_views, predict, processes, summarise)
 
 # What a data set needs beyond the defaults of the options. Names are those of the options. "Command" is a line in the authors'
 # release, "code" its defaults; batches are rounded to divide by 8 processes. Where the sampling is uniform it is the peers': the
@@ -39,8 +40,7 @@ from evaluate import (Views, agree, at_least, autocast_type, fingerprint, gather
 RECIPES = {
     # Frames: T for which the paper's costs come out. Erasing, views: code. No command for Kinetics is published: lr (3e-4 at 64
     # clips), epochs and batch are AIM's; the stride is AIM's and ST-Adapter's, 16 at 8 frames, so 4 at 32.
-    "k400": dict(frames=32, sampling="dense", stride=(4,), test_stride=4, batch=64, lr=1.2e-3, epochs=30, erasing=0.0,
-                 views=(3, 1)),
+    "k400": dict(frames=32, sampling="dense", stride=(4,), test_stride=4, batch=64, lr=1.2e-3, epochs=30, erasing=0, views=(3, 1)),
     # lr, epochs, batch (2 x 43): command; lr 3.5e-4 in another. Frames and A_t0: the paper's costs and 13 M weights come out with
     # them. Erasing, views, no flip (labels name left and right): code. Uniform: AIM, ST-Adapter.
     "ssv2": dict(frames=48, sampling="uniform", batch=88, lr=5e-4, epochs=60, erasing=0.1, flip=False, views=(1, 3),
@@ -57,15 +57,11 @@ RECIPES = {
     # epochs the temporal path alone told the motion in 60 % of the videos at 0.15, in 99 % at 0.5, in 98 % at 1.
     "demo": dict(backbone="tiny", frames=16, spatial_frames=4, bottleneck=32, position_scale=0.5, batch=32, lr=0.04,
                  epochs=7, warmup=1, sampling="dense", stride=(1,), test_stride=1, augment="translate", views=(1, 1)),
-    # Drawn stills, on which the tiny backbone of the demo was trained: --method full --pretrained none.
-    "stills": dict(backbone="tiny", method="full", frames=1, spatial_frames=1, batch=64, lr=4e-3, epochs=5, warmup=1,
-                   sampling="dense", stride=(1,), test_stride=1, augment="translate", views=(1, 1)),
 }
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        usage="python train.py [--data NAME] [options]    (in brackets are the defaults; with --data NAME --help, that recipe's)",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=131))
+    parser = argparse.ArgumentParser(formatter_class=help_lines, usage="python train.py [--data NAME] [options]    "
+                                     "(in brackets are the defaults; with --data NAME --help, that recipe's)")
     add = parser.add_argument
     add("--data", choices=data.SOURCES, default="demo", metavar="NAME", help=f"{', '.join(data.SOURCES)} (%(default)s)")
     add("--root", help="folder of the data (data/NAME)")
@@ -93,11 +89,9 @@ def parse(argv):
     add("--serial-skip", action=argparse.BooleanOptionalAction, default=False, help="DualPath: z + h + A(h) (%(default)s)")
     add = parser.add_argument_group("clips").add_argument
     add("--sampling", choices=("dense", "uniform"), default="uniform", help="frames at a stride, or one per segment (%(default)s)")
-    add("--stride", type=at_least(1), nargs="+", metavar="N", default=(4,),
-        help="between frames, if dense; of several, one by chance (%(default)s)")
+    add("--stride", type=at_least(1), nargs="+", metavar="N", default=(4,), help="if dense; of more, one by chance (%(default)s)")
     add("--test-stride", type=at_least(1), default=4, metavar="N", help="the same in testing (%(default)s)")
-    add("--augment", choices=("rand", "crop", "translate"), default="rand",
-        help="random resized crop with RandAugment or without; or shifts alone, no flip, no erasing (%(default)s)")
+    add("--augment", choices=("rand", "crop", "translate"), default="rand", help="rand: crop, too; or shifts alone (%(default)s)")
     add("--crop-area", type=number(0, 1), default=0.08, metavar="X", help="least share of a frame that a crop keeps (%(default)s)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips (%(default)s)")
     add("--erasing", type=number(0, 1), default=0.0, metavar="P", help="probability of random erasing (%(default)s)")
@@ -113,6 +107,7 @@ def parse(argv):
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--checkpoint-activations", action="store_true", help="less memory, more time: each block runs forward twice")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision (%(default)s)")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="mps is untested (%(default)s)")
     add("--save-every", type=number(0), default=10, metavar="MINUTES", help="between checkpoints within an epoch (%(default)s)")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()), metavar="N", help="that read videos (%(default)s)")
     asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
@@ -126,7 +121,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    with processes("train.py") as (rank, world, device):
+    with processes("train.py", args.device) as (rank, world, device):
         train(args, rank, world, device)
 
 def train(args, rank, world, device):
@@ -140,10 +135,8 @@ def train(args, rank, world, device):
         if args.batch > (most := len(videos.train[:args.limit])) or args.batch % world:
             raise data.DataError(f"--batch {args.batch} must divide by {world} processes, and there are {most} training clips")
         torch.manual_seed(args.seed)
-        same = ("method", "backbone", "pretrained", "spatial_frames", "bottleneck", "dropout", "pre_attention_adapter",
-                "serial_skip", "paths", "position_scale", "before")
-        model = models.build_model(num_classes=len(videos.classes), num_frames=args.frames, image_size=args.size,
-                                   **{name: vars(args)[name] for name in same})  # downloads the weights at first use
+        same = {k: v for k, v in vars(args).items() if k in inspect.signature(models.build_model).parameters}
+        model = models.build_model(num_classes=len(videos.classes), num_frames=args.frames, image_size=args.size, **same)
         if args.init and not resumed:
             models.load_weights(model, models.read_checkpoint(args.init), args.init, head=False)
         if resumed:
@@ -235,8 +228,8 @@ def train(args, rank, world, device):
         loader = DataLoader(clips, batch_sampler=order[first:], num_workers=args.workers, pin_memory=device.type == "cuda",
                             collate_fn=data.collate, worker_init_fn=leave_signals_to_the_parent)
         trained.train()
-        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", steps, leave=False, disable=rank > 0, initial=first, unit="clip",
-                   unit_scale=args.batch)
+        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", steps, disable=rank > 0, initial=first, unit="clip",
+                   unit_scale=args.batch, **data.BAR)
         # A signal waits for the end of a step, upon which all processes agree; of Ctrl-C a second one does not.
         with on_signals(lambda status: sys.exit(status) if world == 1 and 130 in signals else signals.append(status)):
             for batch, labels, failed in bar:
@@ -271,14 +264,14 @@ def train(args, rank, world, device):
                 state["batch"] += 1
                 if len(losses) == 20:
                     add_up()
-                    bar.set_postfix(loss=f"{state['loss'] / state['batch']:.3f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
+                    bar.set_postfix_str(f"loss {state['loss'] / state['batch']:.3f}, lr {scheduler.get_last_lr()[0]:.2e}", False)
             save()  # also of a whole epoch, which may be cut off while it is validated
         if unusable:
             end(f"ten training videos, one after the other, could not be read; {args.out}/failed.txt lists them")
         if any(agree(len(signals))):
             raise SystemExit(max(signals, default=143))
         seconds = time.perf_counter() - start
-        views = Views(validation, args.frames, size, args.sampling, args.test_stride)
+        views = data.Views(validation, args.frames, size, args.sampling, args.test_stride)
         rows = predict(model, views, device, dtype, micro, args.workers, "validating")
         result, step = summarise(rows), (epoch + 1) * steps
         line = dict(epoch=epoch + 1, lr=lr * rise_and_fall(step - 1), train_loss=state["loss"] / steps, val_top1=result["top1"],
@@ -296,8 +289,16 @@ def train(args, rank, world, device):
             f"   top-5 {100 * result['top5']:.2f} %   {line['clips_per_second']:.1f} clips/s   {line['seconds']:.0f} s"
             + f"   {line['failed']} + {result['failed']} unreadable, see failed.txt" * bool(line["failed"] or result["failed"])
             + f"   {line['skipped']} steps skipped" * (line["skipped"] > 0))
+    if rank == 0:
+        grid.draw(os.path.join(args.out, "curves.png"), args.out, (3, curves, state["log"]))
     if state["best"] >= 0:  # else best.pt has stayed where the checkpoint came from
         say(f"best top-1 {100 * state['best']:.2f} %; evaluate it with: python evaluate.py {os.path.join(args.out, 'best.pt')}")
+
+def curves(stripe, log):
+    """Loss, learning rate and accuracy over the epochs."""
+    for axes, key in zip(stripe.subplots(1, 3), ("train_loss", "lr", "val_top1")):
+        axes.plot([line["epoch"] for line in log], [line[key] for line in log], ".-")
+        axes.set(title=key, xlabel="epoch")
 
 def batches(size, epoch, global_batch, seed=0, rank=0, world=1):
     """This process's part of each batch of an epoch, lists of (epoch, index). Their order depends on (seed, epoch) alone and is
@@ -311,14 +312,14 @@ def find_run(args):
     path, occupied = last if args.resume is True else args.resume, any(map(os.path.exists, (last, best, log)))
     if path is not None and (args.resume is not True or os.path.exists(last)):
         content = models.read_checkpoint(path)
-        free = "out root init resume overwrite workers micro_batch compile checkpoint_activations save_every".split()
+        if "log" not in (content["training"] or {}):
+            raise data.DataError(f"{path} holds weights only, like best.pt, and cannot be resumed: --init starts from them")
+        free = "out root init resume overwrite workers micro_batch compile checkpoint_activations save_every device".split()
         was = vars(parse(["--data", args.data])) | content["run"]  # an option that is younger than the run had its default
         differ = [f"--{k.replace('_', '-')} {v} (was {was.get(k)})" for k, v in vars(args).items()
                   if k not in free and was.get(k) != v]
         if differ:
             raise data.DataError(f"{path} is of a run with other options: {', '.join(differ)}")
-        if "log" not in (content["training"] or {}):
-            raise data.DataError(f"{path} holds weights only, like best.pt, and cannot be resumed: --init starts from them")
         if os.path.abspath(path) == os.path.abspath(last) or not occupied:
             return content
     if occupied and not args.overwrite:
@@ -332,19 +333,18 @@ def start_folder(args, resumed, state):
     """Make the folder of the run, and delete what another has left there."""
     os.makedirs(args.out, exist_ok=True)
     for name in os.listdir(args.out) if not resumed else ():
-        if re.fullmatch(r"(last|best|log)\..*|failed\.txt", name):
+        if re.fullmatch(r"(last|best|log|curves)\..*|failed\.txt", name):
             os.remove(os.path.join(args.out, name))
     if not os.path.exists(os.path.join(args.out, "best.pt")):
         state["best"] = -1.0  # the checkpoint came from elsewhere, alone
 
 def log_failures(args, failures):
     """Add the messages that failed.txt does not have yet."""
-    path = os.path.join(args.out, "failed.txt")
-    known = open(path, errors="surrogateescape").read().split("\n") if failures and os.path.exists(path) else []
-    lines = {" ".join(failure.splitlines()) for failure in failures}.difference(known)
-    if lines:
-        with open(path, "a", errors="surrogateescape") as file:  # a path may hold any bytes
-            file.writelines(f"{line}\n" for line in sorted(lines))
+    if failures:
+        with open(os.path.join(args.out, "failed.txt"), "a+", errors="surrogateescape") as file:  # a path may hold any bytes
+            file.seek(0)
+            new = {" ".join(failure.splitlines()) for failure in failures}.difference(file.read().split("\n"))
+            file.writelines(f"{line}\n" for line in sorted(new))
 
 if __name__ == "__main__":
     main()
