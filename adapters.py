@@ -4,7 +4,7 @@
 
 Symbols are the paper's: A is an adapter; x are tokens of frames (DualPath's spatial path), z of its temporal path; MHA, MLP, LN1
 and LN2 are the frozen parts of one block of the image model (open_clip calls the last two ln_1 and ln_2). This file knows only
-blocks and tokens, (images, tokens, d), but for its last section: it makes models fast, and measures them for `python model.py`.
+blocks and tokens, (images, tokens, d), but for its last section: where and how whole models run, and what they cost.
 """
 import ctypes
 import itertools

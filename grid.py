@@ -7,7 +7,6 @@ each shrunk by 4 x 4, are tiled into one image of the original size: attention b
 attention between two moments. This file knows only tensors, and at its end how to draw them for people.
 """
 import sys
-import textwrap
 from collections import Counter
 
 import torch
@@ -71,15 +70,17 @@ def position_code(num_framesets, height, width, patch, dim, rows=4, cols=4):
     return torch.cat([y, x, t], dim=-1).flatten(1, 2).float()  # (framesets, patches, dim)
 
 # ---------------------------------------------------------------- pictures for people
+# Names and paths may be long, and hold bytes that are no text, which no font can draw.
+short = lambda name, most: (text := name.encode(errors="replace").decode())[:most] + "…" * (len(text) > most)
+
 def draw(path, title, *stripes):
-    """Writes a picture of stripes, one under the other; each is its height in inches, a function that fills it, and what that
-    takes after the stripe. Raises OSError."""
+    """Writes stripes, one under the other; each: its height in inches, a function that fills it, its further arguments."""
     import matplotlib.figure  # only here: it takes half a second, and the processes that read videos draw nothing
 
     matplotlib.rcParams["text.parse_math"] = False  # dollars in the names of classes and files
     heights = [height for height, *_ in stripes]
     figure = matplotlib.figure.Figure((10, sum(heights) + 0.4), 100, layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(short(title, 120), fontsize=11)
     for (_, fill, *what), stripe in zip(stripes, figure.subfigures(len(stripes), 1, squeeze=False, height_ratios=heights)[:, 0]):
         fill(stripe, *what)
     try:
@@ -88,8 +89,7 @@ def draw(path, title, *stripes):
         raise OSError(f"cannot write {path}: {error}")
 
 def show(stripe, title, images, captions, rows=1, cols=1, heat=None):
-    """Images (n, 3, H, W) uint8 side by side. captions: a text for each cell of each image, which has rows x cols of them.
-    heat: (n, any, any), drawn over the images, the brighter the larger."""
+    """Images (n, 3, H, W) uint8 side by side; captions: one for each of their rows x cols cells; heat: (n, any, any), over them."""
     stripe.suptitle(title, fontsize=10)
     for i, axes in enumerate(stripe.subplots(1, len(images), squeeze=False)[0]):
         axes.imshow(images[i].permute(1, 2, 0).numpy())
@@ -108,17 +108,17 @@ def bars(stripe, title, shares):
     drawn = axes.barh(range(len(shares)), [share for _, share in shares], color="tab:orange")
     axes.bar_label(drawn, [f"{100 * share:.1f} %" for _, share in shares], padding=3, fontsize=8)
     axes.set(xlim=(0, 1.1), xticks=[], ylim=(max(1, len(shares)) - 0.5, -0.5))
-    axes.set_yticks(range(len(shares)), [textwrap.shorten(name, 70) for name, _ in shares], fontsize=8)
+    axes.set_yticks(range(len(shares)), [short(name, 110) for name, _ in shares], fontsize=8)
     axes.spines[:].set_visible(False)
 
 def draw_classes(path, title, labels, guesses, names):
     """Writes a picture of the accuracies of classes, the lowest first, and of what is taken for what, the most frequent first."""
     videos, pairs = Counter(labels), Counter(zip(labels, guesses)).most_common()
+    names = [short(name, 45) for name in names]
     right = sorted([(f"{names[c]} ({n})", dict(pairs).get((c, c), 0) / n) for c, n in videos.items()], key=lambda bar: bar[1])[:20]
     wrong = [(f"{names[c]} → {names[g]} ({n} of {videos[c]})", n / videos[c]) for (c, g), n in pairs if g not in (c, None)][:20]
-    above = f"top-1 of each class (videos), the lowest {len(right)} of {len(videos)}", right
-    below = "what is taken for what", wrong
-    draw(path, title, *[(0.25 * len(part[1]) + 0.6, bars, *part) for part in (above, below)])
+    above, below = f"top-1 of each class (videos), the lowest {len(right)} of {len(videos)}", "what is taken for what"
+    draw(path, title, *[(0.25 * len(part) + 0.6, bars, what, part) for what, part in ((above, right), (below, wrong))])
 
 def main(argv=None):
     import av

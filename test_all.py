@@ -177,6 +177,10 @@ def test_classes_are_drawn_by_accuracy_and_confusion(tmp_path, figures):
     names = [f"class {i} with a very long name, as of Something-Something, which has to be cut somewhere" for i in range(400)]
     grid.draw_classes(tmp_path / "a.png", "many", list(range(400)), [0] * 400, names)
     assert all(len(stripe.axes[0].patches) == 20 for stripe in figures[2].subfigs)
+    label = figures[2].subfigs[1].axes[0].get_yticklabels()[0].get_text()
+    assert label.startswith("class 1 with") and "… → class 0 with" in label and label.endswith("… (1 of 1)")  # both are cut, not one
+    grid.draw_classes(tmp_path / "a.png", os.fsdecode(b"caf\xe9"), [0], [1], [os.fsdecode(b"\xe9t\xe9"), "x"])  # no font has such letters
+    assert figures[3].get_suptitle() == "caf?" and figures[3].subfigs[0].axes[0].get_yticklabels()[0].get_text() == "?t? (1)"
 
 def video_of(path, number):
     data.write_video(str(path), numbered_frames(number))

@@ -289,10 +289,10 @@ def train(args, rank, world, device):
             f"   top-5 {100 * result['top5']:.2f} %   {line['clips_per_second']:.1f} clips/s   {line['seconds']:.0f} s"
             + f"   {line['failed']} + {result['failed']} unreadable, see failed.txt" * bool(line["failed"] or result["failed"])
             + f"   {line['skipped']} steps skipped" * (line["skipped"] > 0))
-    if rank == 0:
-        grid.draw(os.path.join(args.out, "curves.png"), args.out, (3, curves, state["log"]))
     if state["best"] >= 0:  # else best.pt has stayed where the checkpoint came from
         say(f"best top-1 {100 * state['best']:.2f} %; evaluate it with: python evaluate.py {os.path.join(args.out, 'best.pt')}")
+    if rank == 0:
+        grid.draw(os.path.join(args.out, "curves.png"), args.out, (3, curves, state["log"]))
 
 def curves(stripe, log):
     """Loss, learning rate and accuracy over the epochs."""
