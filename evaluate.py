@@ -59,7 +59,7 @@ def processes(script, name="auto"):
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" in what[0]:
             raise SystemExit(f"{script}: a process that reads videos has died; if for want of memory, fewer --workers ({what[0]})")
         if isinstance(error, RuntimeError) and grouped and re.search("peer|roken pipe|imed out|remote process|in use", str(error)):
-            raise SystemExit(f"{script}: process {rank} lost another, which may say why (in use? try --standalone): {what[0]}")
+            raise SystemExit(f"{script}: process {rank} lost another, which may say why (port in use: --standalone): {what[0]}")
         if not isinstance(error, SystemExit):
             raise  # the group is not left in order: NCCL would wait for processes that wait for this one
         if error.code in (130, 143) and rank == 0:

@@ -2149,7 +2149,7 @@ def test_a_port_in_use_is_a_sentence(micro, tmp_path, monkeypatch):
         other.listen()
         for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=other.getsockname()[1]).items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(SystemExit, match=f"in use. try --standalone.*port: {other.getsockname()[1]}"):
+        with pytest.raises(SystemExit, match=f"port in use: --standalone.*port: {other.getsockname()[1]}"):
             train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "run")])
     assert not dist.is_initialized()
 
