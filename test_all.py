@@ -1858,21 +1858,23 @@ def test_pictures_of_what_decided_and_of_what_is_confused(micro, tmp_path, capsy
         evaluate.main([f"{out}/last.pt", sample[0], sample[0], "--picture", picture])
     assert "--picture draws one video or a data set, and there are 2" in capsys.readouterr().err
 
-def test_a_little_frames_share_counts_the_parts_of_its_patches(monkeypatch, tmp_path, figures):
+def test_the_middle_view_is_drawn_and_a_little_frames_share_counts_the_parts_of_its_patches(monkeypatch, tmp_path, figures):
     """A grid of 6 x 6 patches does not divide by 4: the second patch of a row is half in the first little frame."""
     folder = vit_folder(tmp_path / "vit", image_size=48)
     model = models.build_model(**dict(TINY, backbone=folder, pretrained=None)).eval()
     look = torch.rand(1, 6, 6)
     monkeypatch.setattr(models, "attention", lambda model, video: (torch.zeros(0, 6, 6), look / look.sum()))
-    clips = [(random_video(1, 16, 48), 0, 0, list(range(16)))]
+    views = random_video(6, 16, 48)  # 3 clips x 2 crops
+    clips = [(views, 0, 0, list(range(48)))]
 
     class Views(list):
         samples = [("a.mp4", 0)]
     evaluate.draw_clip(tmp_path / "a.png", model, Views(clips), (0, 0, [1], [1.0], None), ["x", "y"])
     pixels = (look / look.sum())[0].repeat_interleave(8, 0).repeat_interleave(8, 1) / 64
     want = [pixels[12 * (i // 4):12 * (i // 4) + 12, 12 * (i % 4):12 * (i % 4) + 12].sum() for i in range(16)]
-    (_, texts), = shown(figures[0].subfigs[0])
-    assert texts == [f"{i}: {100 * share:.0f} %" for i, share in enumerate(want)]
+    (image, texts), = shown(figures[0].subfigs[0])
+    assert texts == [f"{i}: {100 * share:.0f} %" for i, share in enumerate(want, 16)]
+    assert np.array_equal(image.transpose(2, 0, 1), grid.frameset(views[3:4])[0, 0])
 
 def test_scores_are_averaged_over_views(micro):
     model = randomise(models.build_model(**TINY)).eval()
