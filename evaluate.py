@@ -42,7 +42,7 @@ def processes(script, name="auto"):
         device = adapters.choose_device(name)
         if grouped:
             store, rank, world = next(dist.rendezvous("env://"))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # processes that torchrun restarts find the addresses of the dead, else
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else a restarted group would find the addresses of the dead
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             backend, hour = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=1)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hour)  # one may download for long
@@ -73,7 +73,7 @@ def processes(script, name="auto"):
 @contextlib.contextmanager
 def on_signals(act):
     """What Ctrl-C, SIGTERM and Slurm's SIGUSR1 do inside: act(the status with which a shell expects us to end)."""
-    before = {n: signal.signal(n, lambda n, _: act(130 if n == signal.SIGINT else 143)) for n in SIGNALS}
+    before = {n: signal.signal(n, lambda number, _: act(130 if number == signal.SIGINT else 143)) for n in SIGNALS}
     try:
         yield
     finally:
@@ -161,21 +161,21 @@ def summarise(rows):
 # ---------------------------------------------------------------- pictures
 def draw_clip(file, model, clips, row, names):
     """Where the class tokens look in the middle one of a video's views, and what is made of all of them. row: predict's."""
-    (index, _, classes, scores, _), T, (rows, cols) = row, model.num_frames, (model.config["rows"], model.config["cols"])
+    (index, _, classes, scores, _), T, rows, cols = row, model.num_frames, model.config["rows"], model.config["cols"]
     views, _, _, numbers = clips[index]
     view, numbers = views[len(views) // 2], numbers[len(numbers) // T // 2 * T:][:T]
     frames, sets = models.attention(model.cpu().float(), view[None])
-    stripes = []
+    stripes, step = [], T // model.spatial_frames
     if len(frames):
-        step = T // len(frames)
         stripes.append((f"spatial path: {len(frames)} frames, each an image", view[::step], numbers[::step], 1, 1, frames))
     if len(sets):  # the share of each little frame: patches are cut into pieces first, since some lie in two of them
-        moments = avg_pool2d(sets.repeat_interleave(rows, 1).repeat_interleave(cols, 2), sets.shape[1:]).flatten(1)
-        texts = [f"{i}: {100 * share:.0f} %" for i, share in zip(numbers, (moments / moments.sum(1, keepdim=True)).flatten())]
+        pieces = sets.repeat_interleave(rows, 1).repeat_interleave(cols, 2)
+        shares = avg_pool2d(pieces, sets.shape[1:], divisor_override=rows * cols).flatten()
+        texts = [f"{i}: {100 * share:.0f} %" for i, share in zip(numbers, shares)]
         stripes.append((f"temporal path: {rows * cols} shrunken frames an image, and what each gets of its attention",
                         grid.frameset(view[None], rows, cols)[0], texts, rows, cols, sets))
     bars = (f"the likeliest classes; views: {len(views)}", [(names[c], score) for c, score in zip(classes, scores)])
-    grid.draw(file, f"{clips.samples[index][0]}: where the class tokens look (bright), with the frames' numbers",
+    grid.draw(file, f"where the class tokens look (bright), with the frames' numbers: {os.path.basename(clips.samples[index][0])}",
               *[(min(4, 9.8 / len(stripe[1])) + 0.3, grid.show, *stripe) for stripe in stripes],
               (0.25 * len(classes) + 0.3, grid.bars, *bars))
 
@@ -224,8 +224,8 @@ def main(argv=None):
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision (%(default)s)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="mps is untested (%(default)s)")
     args = parser.parse_intermixed_args(argv)
-    if args.picture and len(args.video) > 1:
-        parser.error(f"--picture draws one video or a data set, and there are {len(args.video)} videos")
+    if args.video and (args.predictions or args.picture and len(args.video) > 1):
+        parser.error(f"--predictions is for a data set, --picture for one or one video, and there are {len(args.video)} videos")
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a path may hold any bytes; notebooks cannot tell
     with processes("evaluate.py", args.device) as (rank, world, device):
         return evaluate(args, rank, device)
@@ -251,8 +251,8 @@ def evaluate(args, rank, device):
             samples, missing = videos.val[:args.limit], sum(split == "val" for split, _ in videos.missing)
         if args.predictions:
             open(args.predictions, "a").close()  # better now than after the evaluation
-        if args.picture:
-            grid.draw(args.picture, "not finished", (1, lambda stripe: None))
+        if args.picture and rank == 0:
+            grid.draw(args.picture, "no picture: the video cannot be read, or the work was cut off", (1, lambda stripe: None))
         return dtype, adapters.prepare(model.to(device), dtype, args.compile), run, samples, missing
 
     dtype, model, run, samples, missing = in_turn(set_up)
@@ -266,7 +266,7 @@ def evaluate(args, rank, device):
             print(clips.samples[index][0] if error is None else error)
             for c, score in zip(classes, scores):
                 print(f"  {100 * score:5.1f} %  {names[c]}")
-        if args.picture and classes:
+        if args.picture and rows[0][-1] is None:
             draw_clip(args.picture, model, clips, rows[0], names)
         return int(any(error for *_, error in rows))
     result = dict(summarise(rows), checkpoint=args.checkpoint, data=args.data or run["data"], views="%dx%d" % views,
@@ -292,7 +292,7 @@ def evaluate(args, rank, device):
     except OSError as error:  # a checkpoint that others own
         print(f"note: the result is not written: {error}")
     if args.picture:
-        title = f"{args.checkpoint} on {result['data']}: top-1 {100 * result['top1']:.2f} %"
+        title = f"top-1 {100 * result['top1']:.2f} % on {result['data']}: {args.checkpoint}"
         grid.draw_classes(args.picture, title, [row[1] for row in rows], [(row[2] or [None])[0] for row in rows], names)
     return 0
 

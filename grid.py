@@ -80,7 +80,7 @@ def draw(path, title, *stripes):
     matplotlib.rcParams["text.parse_math"] = False  # dollars in the names of classes and files
     heights = [height for height, *_ in stripes]
     figure = matplotlib.figure.Figure((10, sum(heights) + 0.4), 100, layout="constrained")
-    figure.suptitle(short(title, 120), fontsize=11)
+    figure.suptitle(short(title, 100), fontsize=11)
     for (_, fill, *what), stripe in zip(stripes, figure.subfigures(len(stripes), 1, squeeze=False, height_ratios=heights)[:, 0]):
         fill(stripe, *what)
     try:
@@ -89,7 +89,7 @@ def draw(path, title, *stripes):
         raise OSError(f"cannot write {path}: {error}")
 
 def show(stripe, title, images, captions, rows=1, cols=1, heat=None):
-    """Images (n, 3, H, W) uint8 side by side; captions: one for each of their rows x cols cells; heat: (n, any, any), over them."""
+    """Images (n, 3, H, W) uint8 side by side; captions: one for each of their rows x cols cells; heat: (n, any, any), on top."""
     stripe.suptitle(title, fontsize=10)
     for i, axes in enumerate(stripe.subplots(1, len(images), squeeze=False)[0]):
         axes.imshow(images[i].permute(1, 2, 0).numpy())
@@ -113,38 +113,38 @@ def bars(stripe, title, shares):
 
 def draw_classes(path, title, labels, guesses, names):
     """Writes a picture of the accuracies of classes, the lowest first, and of what is taken for what, the most frequent first."""
-    videos, pairs = Counter(labels), Counter(zip(labels, guesses)).most_common()
-    names = [short(name, 45) for name in names]
-    right = sorted([(f"{names[c]} ({n})", dict(pairs).get((c, c), 0) / n) for c, n in videos.items()], key=lambda bar: bar[1])[:20]
-    wrong = [(f"{names[c]} → {names[g]} ({n} of {videos[c]})", n / videos[c]) for (c, g), n in pairs if g not in (c, None)][:20]
+    videos, pairs = Counter(labels), Counter(zip(labels, guesses))
+    names, top = [short(name, 45) for name in names], pairs.most_common()
+    right = sorted([(f"{names[c]} ({n})", pairs[c, c] / n) for c, n in videos.items()], key=lambda bar: bar[1])[:20]
+    wrong = [(f"{names[c]} → {names[g]} ({n} of {videos[c]})", n / videos[c]) for (c, g), n in top if g not in (c, None)]
     above, below = f"top-1 of each class (videos), the lowest {len(right)} of {len(videos)}", "what is taken for what"
-    draw(path, title, *[(0.25 * len(part) + 0.6, bars, what, part) for what, part in ((above, right), (below, wrong))])
+    draw(path, title, *[(0.25 * len(part) + 0.6, bars, what, part) for what, part in ((above, right), (below, wrong[:20]))])
 
 def main(argv=None):
-    import av
+    import data  # only here, to read a video as the models do: all else in this file knows only tensors
     from torchvision.transforms import v2
 
-    argv = sys.argv[1:] if argv is None else argv
+    argv, numbers = sys.argv[1:] if argv is None else argv, []
     if len(argv) != 2:
         raise SystemExit("usage: python grid.py VIDEO PICTURE.png    (frames of the video, as the two paths see them)")
+
+    def moments(count):
+        T = 32 if count >= 32 else 16
+        numbers.extend(i * count // T for i in range(T))
+        return numbers
+
     try:
-        with av.open("file:" + argv[0]) as container:
-            frames = [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
-        raise SystemExit(f"grid.py: cannot read {argv[0]} as a video: {error}")
-    if not frames:
-        raise SystemExit(f"grid.py: {argv[0]} has no frames")
-    T = 32 if len(frames) >= 32 else 16
-    numbers = [i * len(frames) // T for i in range(T)]
-    video = torch.stack([frames[i] for i in numbers]).permute(0, 3, 1, 2)  # (T, 3, H, W)
-    video = v2.functional.center_crop(video, 2 * [min(video.shape[-2:]) // 4 * 4])
+        video = torch.from_numpy(data.read_frames(argv[0], moments)).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    except data.VideoError as error:
+        raise SystemExit(f"grid.py: {error}")
+    T, video = len(numbers), v2.functional.center_crop(video, 2 * [min(video.shape[-2:]) // 4 * 4])
     above = (f"spatial path: 8 of the {T} frames, each an image", video[::T // 8], numbers[::T // 8])
     below = (f"temporal path: all {T} frames, shrunk by 4, 16 of them an image", frameset(video[None])[0], numbers, 4, 4)
     try:
         draw(argv[1], argv[0], (1.5, show, *above), (5, show, *below))
     except OSError as error:
         raise SystemExit(f"grid.py: {error}")
-    print(f"{argv[1]}: {T} of {len(frames)} frames, with their numbers, as the two paths see them")
+    print(f"{argv[1]}: {T} moments of {argv[0]}, with the frames' numbers, as the two paths see them")
 
 if __name__ == "__main__":
     main()

@@ -197,12 +197,12 @@ def attention(model, video):
     (T_s, rows, cols) of frames and (T_G, rows, cols) of framesets, in patches; a path that is not there has no rows. For a model
     on the CPU, in float32, where nn.MultiheadAttention itself is run: it can tell its weights."""
     attn, size, seen = model.visual.transformer.resblocks[-1].attn, model.visual.grid_size, []
-    if not isinstance(attn, nn.MultiheadAttention):
-        raise ModelError(f"the attention of the backbone {model.config['backbone']!r} does not tell its weights: no picture")
+    if not isinstance(attn, nn.MultiheadAttention) or video.device.type != "cpu":
+        raise ModelError(f"the attention of {model.config['backbone']!r} on {video.device} does not tell its weights: no picture")
     ask = attn.register_forward_pre_hook(lambda _, x, options: (x, dict(options, need_weights=True)), with_kwargs=True)
     hear = attn.register_forward_hook(lambda _, x, result: seen.append(result[1]))  # (images, tokens, tokens)
     with ask, hear, torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        model(video)
+        model.eval()(video)
     look = seen[-1][:, 0, 1:1 + math.prod(size)].unflatten(1, size)  # AIM's last call is over space; last are VPT's prompts
     return (look / look.sum((1, 2), keepdim=True)).tensor_split([model.spatial_frames * model.spatial])
 

@@ -149,7 +149,7 @@ def test_grid_as_a_script(tmp_path, capsys, figures):
     clip, picture = str(tmp_path / "a:b$1$.mp4"), str(tmp_path / "grid.png")
     data.write_video(clip, data.draw_moving(1, "left", "vertical"))
     grid.main([clip, picture])
-    assert "16 of 16 frames" in capsys.readouterr().out
+    assert "16 moments of" in capsys.readouterr().out
     frames = np.stack(decode_whole(clip))
     above, below = figures[-1].subfigs
     for (image, texts), number in zip(shown(above), range(0, 16, 2), strict=True):
@@ -162,7 +162,7 @@ def test_grid_as_a_script(tmp_path, capsys, figures):
     drawn = np.array(Image.open(picture).convert("RGB"))
     assert drawn.shape[1] == 1000 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 100
     grid.main([video_of(tmp_path / "long.mp4", 40), picture])
-    assert "32 of 40 frames" in capsys.readouterr().out and len(shown(figures[-1].subfigs[1])) == 2
+    assert "32 moments of" in capsys.readouterr().out and len(shown(figures[-1].subfigs[1])) == 2
     assert [texts for _, texts in shown(figures[-1].subfigs[0])] == [[str(i * 4 * 40 // 32)] for i in range(8)]
 
 def test_classes_are_drawn_by_accuracy_and_confusion(tmp_path, figures):
@@ -181,6 +181,16 @@ def test_classes_are_drawn_by_accuracy_and_confusion(tmp_path, figures):
     assert label.startswith("class 1 with") and "… → class 0 with" in label and label.endswith("… (1 of 1)")  # both are cut, not one
     grid.draw_classes(tmp_path / "a.png", os.fsdecode(b"caf\xe9"), [0], [1], [os.fsdecode(b"\xe9t\xe9"), "x"])  # no font has such letters
     assert figures[3].get_suptitle() == "caf?" and figures[3].subfigs[0].axes[0].get_yticklabels()[0].get_text() == "?t? (1)"
+
+@needs_shared
+def test_the_grids_picture_is_upright_as_the_models_see_it(tmp_path, figures):
+    clip = f"{SHARED}/videos/rot90.mov"
+    grid.main([clip, str(tmp_path / "a.png")])
+    first = torch.from_numpy(data.read_frames(clip, [0]))[0]
+    image, texts = shown(figures[0].subfigs[0])[0]
+    (H, W), side = first.shape[:2], len(image)
+    assert H > W and side == W == image.shape[1]  # the middle square of a tall frame
+    assert texts == ["0"] and np.array_equal(image, first[(H - side) // 2:(H + side) // 2])
 
 def video_of(path, number):
     data.write_video(str(path), numbered_frames(number))
@@ -751,6 +761,8 @@ def test_attention_that_keeps_its_weights_is_a_sentence(tmp_path):
     model = models.build_model(**dict(TINY, backbone=folder, pretrained=None)).eval()
     with pytest.raises(models.ModelError, match="custom.*does not tell its weights"):
         models.attention(model, random_video(1, size=32))
+    with pytest.raises(models.ModelError, match="on meta does not tell its weights"):
+        models.attention(models.build_model(**TINY), random_video(1).to("meta"))
 
 # ---------------------------------------------------------------- model.py: the image model's weights
 
@@ -1824,15 +1836,16 @@ def test_pictures_of_what_decided_and_of_what_is_confused(micro, tmp_path, capsy
     out, picture = str(tmp_path / "run"), str(tmp_path / "picture.png")
     train.main(SMALL + ["--root", micro, "--out", out])
     log = lines(out)
-    for axes, key in zip(figures[0].subfigs[0].axes, ("train_loss", "lr", "val_top1"), strict=True):
+    assert len(figures) == 2  # a picture an epoch
+    for axes, key in zip(figures[1].subfigs[0].axes, ("train_loss", "lr", "val_top1"), strict=True):
         line, = axes.lines
         assert axes.get_title() == key and line.get_xydata().tolist() == [[row["epoch"], row[key]] for row in log]
     assert Image.open(f"{out}/curves.png").size[0] == 1000
 
     sample = data.find_videos("folder", micro).val[0]
     assert evaluate.main([f"{out}/last.pt", sample[0], "--picture", picture, "--views", "3x3"]) == 0
-    assert len(figures) == 3  # the one before the work says whether it can be written
-    printed, (above, below, bars) = capsys.readouterr().out, figures[2].subfigs
+    assert len(figures) == 4  # the one before the work says whether it can be written
+    printed, (above, below, bars) = capsys.readouterr().out, figures[3].subfigs
     view, *_ = data.Views([sample], 16, 64, views=(3, 3))[0]
     spatial, temporal = models.attention(models.load_checkpoint(f"{out}/last.pt")[0], view[4:5])
     for (image, texts), number, axes, look in zip(shown(above), (0, 4, 8, 12), above.axes, spatial, strict=True):
@@ -1856,7 +1869,10 @@ def test_pictures_of_what_decided_and_of_what_is_confused(micro, tmp_path, capsy
             evaluate.main([f"{out}/last.pt", *argv])
     with pytest.raises(SystemExit):
         evaluate.main([f"{out}/last.pt", sample[0], sample[0], "--picture", picture])
-    assert "--picture draws one video or a data set, and there are 2" in capsys.readouterr().err
+    assert "--picture for one or one video, and there are 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main([f"{out}/last.pt", sample[0], "--predictions", "a.csv"])
+    assert "--predictions is for a data set" in capsys.readouterr().err
 
 def test_the_middle_view_is_drawn_and_a_little_frames_share_counts_the_parts_of_its_patches(monkeypatch, tmp_path, figures):
     """A grid of 6 x 6 patches does not divide by 4: the second patch of a row is half in the first little frame."""
@@ -1965,13 +1981,15 @@ def test_a_run_is_not_overwritten_by_accident(micro, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"--bottleneck 4 \(was 8\)"):
         train.main(one + ["--resume", "--bottleneck", "4"])
     assert len(lines(out)) == 1 and os.path.exists(f"{out}/best.pt")
-    open(f"{out}/mine.txt", "w").close()
+    mine = [f"{out}/mine.txt", f"{out}/log.txt", f"{out}/best.mp4", f"{out}/curves.csv"]
+    for name in mine:
+        open(name, "w").close()
     evaluate.main([f"{out}/best.pt", "--workers", "0"])
     with pytest.raises(SystemExit, match="/no/where"):  # what is not sure to start deletes nothing
         train.main(one + ["--overwrite", "--root", "/no/where"])
     assert os.path.exists(f"{out}/last.pt") and os.path.exists(f"{out}/best.folder.json")
     train.main(one + ["--overwrite", "--seed", "1"])
-    assert len(lines(out)) == 1 and os.path.exists(f"{out}/mine.txt") and not os.path.exists(f"{out}/best.folder.json")
+    assert len(lines(out)) == 1 and all(map(os.path.exists, mine)) and not os.path.exists(f"{out}/best.folder.json")
     shutil.copy(f"{out}/best.pt", f"{out}/last.pt")
     with pytest.raises(SystemExit, match="weights only"):
         train.main(one + ["--resume", "--seed", "1"])

@@ -285,14 +285,14 @@ def train(args, rank, world, device):
         state.update(epoch=epoch + 1, batch=0, loss=0.0, failed=[], best=max(state["best"], result["top1"]))
         state["log"].append(line)
         save()
+        if rank == 0:
+            grid.draw(os.path.join(args.out, "curves.png"), args.out, (3, curves, state["log"]))
         say(f"epoch {epoch + 1:3d}   loss {line['train_loss']:.3f}   top-1 {100 * result['top1']:.2f} %"
             f"   top-5 {100 * result['top5']:.2f} %   {line['clips_per_second']:.1f} clips/s   {line['seconds']:.0f} s"
             + f"   {line['failed']} + {result['failed']} unreadable, see failed.txt" * bool(line["failed"] or result["failed"])
             + f"   {line['skipped']} steps skipped" * (line["skipped"] > 0))
     if state["best"] >= 0:  # else best.pt has stayed where the checkpoint came from
         say(f"best top-1 {100 * state['best']:.2f} %; evaluate it with: python evaluate.py {os.path.join(args.out, 'best.pt')}")
-    if rank == 0:
-        grid.draw(os.path.join(args.out, "curves.png"), args.out, (3, curves, state["log"]))
 
 def curves(stripe, log):
     """Loss, learning rate and accuracy over the epochs."""
@@ -330,10 +330,10 @@ def find_run(args):
     return None
 
 def start_folder(args, resumed, state):
-    """Make the folder of the run, and delete what another has left there."""
+    """Make the folder of the run, and delete what an earlier run has left there, and nothing else."""
     os.makedirs(args.out, exist_ok=True)
     for name in os.listdir(args.out) if not resumed else ():
-        if re.fullmatch(r"(last|best|log|curves)\..*|failed\.txt", name):
+        if re.fullmatch(r"(last|best)\.(pt|pt\.tmp|.+\.json)|log\.jsonl(\.tmp)?|curves\.png|failed\.txt", name):
             os.remove(os.path.join(args.out, name))
     if not os.path.exists(os.path.join(args.out, "best.pt")):
         state["best"] = -1.0  # the checkpoint came from elsewhere, alone
