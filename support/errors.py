@@ -1,0 +1,26 @@
+"""The one kind of mistake that a user can mend: one clear sentence, and no traceback."""
+
+import contextlib
+from concurrent.futures import BrokenExecutor
+
+
+class UserError(Exception):
+    """What is wrong, where, and what to do about it. Of a longer message the first line is kept."""
+
+    def __init__(self, message):
+        super().__init__(str(message).partition("\n")[0])
+
+
+# A full disk, a missing folder or a worker that was killed is the user's to mend, too.
+MENDABLE = (UserError, OSError, BrokenExecutor)
+
+
+@contextlib.contextmanager
+def one_sentence(script):
+    """End the program with `script: what is wrong` if the user can mend what is raised inside."""
+    try:
+        yield
+    except MENDABLE as error:
+        raise SystemExit(f"{script}: {str(error).partition(chr(10))[0]}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(f"{script}: stopped") from None

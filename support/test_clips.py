@@ -1,0 +1,310 @@
+"""Clips, augmentation and test views: data.py."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+import data
+from conftest import random_video
+from support.layouts import find_videos
+from support.reader import Frames
+
+
+# ---------------------------------------------------------------- data.py
+def dense(available, position, num_frames=4, stride=2):
+    return data.clip_frames(available, num_frames, "dense", stride, position).tolist()
+
+
+def test_dense_clips_cover_the_video_and_repeat_the_last_frame():
+    assert dense(10, 0) == [0, 2, 4, 6] and dense(10, 1) == [3, 5, 7, 9]
+    assert dense(7, 0.9) == [0, 2, 4, 6]
+    assert dense(3, 0.5) == [0, 2, 2, 2] and dense(1, 0.5) == [0, 0, 0, 0]
+    starts = [dense(100, clip / 2)[0] for clip in range(3)]
+    assert starts == [0, 46, 93]
+
+
+def uniform(available, position, num_frames=4):
+    return data.clip_frames(available, num_frames, "uniform", 1, position).tolist()
+
+
+def test_uniform_clips_take_one_frame_of_each_segment():
+    assert uniform(40, 0.5) == [5, 15, 25, 35]
+    starts = [uniform(120, (clip + 0.5) / 3)[:2] for clip in range(3)]
+    assert starts == [[5, 35], [15, 45], [25, 55]]
+    assert uniform(40, np.array([0, 0.99, 0, 1.0])) == [0, 19, 20, 39]
+    assert uniform(4, 0.999) == [0, 1, 2, 3] and uniform(2, 0.5) == [0, 1, 1, 1]
+
+
+def test_a_training_clip_depends_on_seed_epoch_and_index_alone(micro):
+    videos = find_videos("folder", micro).train
+
+    def make(seed=0):
+        return data.TrainingClips(videos, 8, 48, "uniform", seed=seed)
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one = make()[3, 5][0]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    clips = make()
+    assert not torch.equal(clips[0, 1][0], one)  # what is drawn before does not matter
+    assert torch.equal(clips[3, 5][0], one)
+    assert one.shape == (8, 3, 48, 48) and one.dtype == torch.uint8
+    assert not torch.equal(clips[4, 5][0], one)
+    assert not torch.equal(make(seed=1)[3, 5][0], one)
+    loader = torch.utils.data.DataLoader(
+        clips, batch_sampler=[[(3, 4), (3, 5)]], num_workers=1, collate_fn=data.collate
+    )
+    batch, labels, messages = next(iter(loader))
+    assert torch.equal(batch[1], one)
+    assert labels.tolist() == [videos[4][1], videos[5][1]] and messages == []
+
+
+def blank(numbers):
+    """Frames without a picture, in place of a video's."""
+    return Frames(np.zeros((len(numbers), 64, 64, 3), np.uint8), numbers, len(numbers))
+
+
+def test_of_several_strides_one_is_drawn(monkeypatch):
+    steps = []
+
+    def read(path, choose):
+        numbers = choose(500)
+        steps.append(np.diff(numbers).tolist())
+        return blank(numbers)
+
+    monkeypatch.setattr(data, "read_frames", read)
+    clips = data.TrainingClips([("a", 0)] * 200, 8, 64, "dense", (1, 2, 4, 8), "crop")
+    for i in range(200):
+        assert clips[0, i][0].shape == (8, 3, 64, 64)
+    assert all(taken == [taken[0]] * 7 for taken in steps) and len(steps) == 200
+    strides = [taken[0] for taken in steps]
+    assert set(strides) == {1, 2, 4, 8} and min(np.bincount(strides)[[1, 2, 4, 8]]) > 25
+
+
+def test_translation_moves_whole_pixels_and_all_frames_alike():
+    transform = data.training_transform("translate", 64, flip=True)
+    clip = torch.arange(64 * 64).view(1, 1, 64, 64).expand(2, 3, -1, -1).contiguous()
+    shifts = set()
+    for _ in range(50):
+        out = transform(clip)
+        dy, dx = divmod(int(out[0, 0, 32, 32]), 64)
+        shifts.add((dy - 32, dx - 32))
+        assert torch.equal(out[0], out[1])
+        inner = clip[0, 0, dy - 24 : dy + 24, dx - 24 : dx + 24]
+        assert torch.equal(out[0, 0, 8:56, 8:56], inner)
+    assert len(shifts) > 20
+    assert max(abs(s) for shift in shifts for s in shift) == 4
+
+
+# ---------------------------------------------------------------- data.py: RandAugment
+def lighten(image, amount):
+    table = [value + amount if value < 128 else value for value in range(256)]
+    return image.point(table * 3)
+
+
+def affine(image, *matrix):
+    grey = (128,) * 3
+    return image.transform(image.size, Image.AFFINE, matrix, Image.BILINEAR, fillcolor=grey)
+
+
+def pil_operations(image, s, d):
+    """What timm's "increasing" RandAugment does by Pillow, in the order of data.OPERATIONS."""
+    factor, shear, shift = max(0.1, 1 + 0.9 * s * d), 0.3 * s * d, round(0.45 * s * d * 48)
+    return [
+        ImageOps.autocontrast(image),
+        ImageOps.equalize(image),
+        ImageOps.invert(image),
+        ImageOps.posterize(image, 4 - int(4 * s)),
+        ImageOps.solarize(image, 256 - int(256 * s)),
+        lighten(image, int(110 * s)),
+        ImageEnhance.Brightness(image).enhance(factor),
+        ImageEnhance.Contrast(image).enhance(factor),
+        ImageEnhance.Color(image).enhance(factor),
+        ImageEnhance.Sharpness(image).enhance(factor),
+        image.rotate(-30 * s * d, Image.BILINEAR, fillcolor=(128,) * 3),
+        affine(image, 1, shear, 0, 0, 1, 0),
+        affine(image, 1, 0, 0, shear, 1, 0),
+        affine(image, 1, 0, -shift, 0, 1, 0),
+        affine(image, 1, 0, 0, 0, 1, -shift),
+    ]
+
+
+@pytest.mark.parametrize("number", range(15))
+def test_randaugments_operations_are_pillows(number):
+    assert len(data.OPERATIONS) == 15
+    y, x = np.mgrid[:48, :48] / 48
+    pictures = []
+    for t in range(3):
+        red, green = 60 + 90 * y + 60 * np.sin(9 * x + t), 30 + 200 * x * y
+        pictures.append(np.stack([red, green, 200 - 150 * x + 9 * t], -1).astype(np.uint8))
+    clip = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    for s, d in ((0.7, 1), (0.7, -1), (0.62, 1)):
+        got = data.OPERATIONS[number](clip, s, d)
+        assert got.dtype == torch.uint8 and got.shape == clip.shape
+        for frame, picture in zip(got, pictures, strict=True):
+            want = pil_operations(Image.fromarray(picture), s, d)[number]
+            off = abs(frame.permute(1, 2, 0).numpy() - np.asarray(want).astype(int))
+            # Rims and roundings differ a little.
+            assert off.mean() < 1.5 and np.median(off) <= 1, (s, d, off.mean())
+
+
+def test_randaugment_draws_four_with_probability_one_half_and_noisy_strength(monkeypatch):
+    calls = []
+
+    def recorder(number):
+        def operation(clip, strength, direction):
+            calls.append((number, strength, direction))
+            return clip
+
+        return operation
+
+    monkeypatch.setattr(data, "OPERATIONS", [recorder(number) for number in range(15)])
+    clip = random_video(1, 2, 8)[0]
+    numbers = []
+    for _ in range(1000):
+        before = len(calls)
+        data.rand_augment(clip)
+        numbers.append(len(calls) - before)
+    assert max(numbers) == 4 and abs(np.mean(numbers) - 2) < 0.15
+    operations, strengths, directions = map(np.array, zip(*calls))
+    assert abs(strengths.mean() - 0.7) < 0.005 and abs(strengths.std() - 0.05) < 0.005
+    assert set(directions) == {-1, 1} and abs(directions.mean()) < 0.1
+    assert (np.bincount(operations, minlength=15) > 80).all()
+
+
+def test_crop_and_rand_differ_by_randaugment(monkeypatch):
+    monkeypatch.setattr(data, "OPERATIONS", [lambda x, s, d: torch.zeros_like(x)])
+    bright, black = torch.full((2, 3, 40, 40), 200, dtype=torch.uint8), {}
+    for augment in ("crop", "rand"):
+        transform = data.training_transform(augment, 32, True)
+        black[augment] = sum(not transform(bright).any() for _ in range(60))
+    assert black["crop"] == 0 and black["rand"] > 45  # 15/16 of them
+
+
+# ---------------------------------------------------------------- data.py: crops, flips, boxes
+def test_augmentation_treats_all_frames_alike_and_stays_uint8():
+    picture = random_video(1, 1, 80)[0].expand(4, -1, -1, -1)
+    transform, outs = data.training_transform("rand", 48, flip=True, erasing=0.5), []
+    for _ in range(60):
+        out = transform(picture)
+        assert out.shape == (4, 3, 48, 48) and out.dtype == torch.uint8
+        assert all(torch.equal(out[0], frame) for frame in out)
+        outs.append(out)
+    assert not any(torch.equal(a, b) for a, b in zip(outs, outs[1:]))
+
+
+def test_erasing_greys_one_box_of_some_clips():
+    bright, erased = torch.full((3, 3, 64, 64), 255, dtype=torch.uint8), 0
+    transform = data.training_transform("crop", 64, flip=False, erasing=0.5)
+    for _ in range(100):
+        grey = transform(bright) == 128
+        assert torch.equal(grey[0], grey[2])
+        if grey.any():
+            erased += 1
+            area = grey[0, 0].any(1).sum() * grey[0, 0].any(0).sum()
+            assert grey[0, 0].sum() == area and 0.01 * 64**2 < area < 0.36 * 64**2
+    assert 30 <= erased <= 70
+    transform = data.training_transform("crop", 64, flip=False)
+    assert not any((transform(bright) == 128).any() for _ in range(20))
+
+
+def rising(levels, size=64, frames=3):
+    """A clip that is brighter to the right."""
+    row = torch.as_tensor(levels).expand(size, size).to(torch.uint8)
+    return row.expand(frames, 3, -1, -1).contiguous()
+
+
+def test_crops_are_alike_in_all_frames_and_flip_can_be_switched_off():
+    for flip in (True, False):
+        transform = data.training_transform("crop", 32, flip)
+        outs = [transform(rising(torch.arange(64.0))).float() for _ in range(30)]
+        for out in outs:
+            assert torch.equal(out[0], out[2]) and out.shape == (3, 3, 32, 32)
+        assert len({out[0, 0, 16, 0].item() for out in outs}) > 5
+        upright = sum(bool(out[0, 0, 16, -1] > out[0, 0, 16, 0]) for out in outs)
+        assert (5 <= upright <= 25) if flip else upright == 30
+
+
+def test_a_crop_keeps_at_least_its_share_of_the_frame():
+    picture = rising(torch.arange(64.0) * 4, frames=1)
+    for least in (0.08, 0.9):
+        transform, widths = data.training_transform("crop", 64, flip=False, crop_area=least), set()
+        for _ in range(40):
+            row = transform(picture)[0, 0, 32]
+            widths.add((row[-1].item() - row[0].item()) / 252)
+        # 0.9 of the area is 0.9 wide.
+        assert min(widths) < 0.5 if least == 0.08 else min(widths) > 0.85
+        assert len(widths) > 5
+
+
+# ---------------------------------------------------------------- data.py: test views
+def test_views_are_start_centre_and_end(micro, monkeypatch):
+    samples = find_videos("folder", micro).val
+    views = data.VideoViews(samples, 4, 32, stride=2, views=(2, 3))[1]
+    assert views.pixels.shape == (6, 4, 3, 32, 32)
+    assert (views.label, views.index, views.error) == (1, 1, None)
+    assert views.numbers == [0, 2, 4, 6, 9, 11, 13, 15]
+
+    def wide(path, choose):
+        numbers = choose(10)
+        frames = np.empty((len(numbers), 64, 128, 3), np.uint8)
+        frames[..., :2] = np.arange(128)[:, None]  # red and green are the column
+        frames[..., 2] = np.reshape(numbers, (-1, 1, 1))  # blue is the frame's number
+        return Frames(frames, numbers, 10)
+
+    def tall(path, choose):
+        video = wide(path, choose)
+        return video._replace(pixels=video.pixels.transpose(0, 2, 1, 3))
+
+    monkeypatch.setattr(data, "read_frames", wide)
+    views = data.VideoViews(samples, 2, 64, stride=1, views=(2, 3))[0]
+    assert views.numbers == [0, 1, 8, 9]  # clip by clip
+    assert views.pixels[:, :, 2, 0, 0].tolist() == [[0, 1]] * 3 + [[8, 9]] * 3
+    ends = views.pixels[:, 0, 0, 0, [0, -1]].tolist()
+    assert ends == [[0, 63], [32, 95], [64, 127]] * 2
+    monkeypatch.setattr(data, "read_frames", tall)
+    views = data.VideoViews(samples, 4, 64)[0]
+    assert views.pixels[0, 0, 0, [0, -1], 0].tolist() == [32, 95]
+
+
+def test_views_and_clips_ask_for_their_frames(monkeypatch):
+    asked = []
+
+    def read(path, choose):
+        asked.append(choose(120))
+        return blank(asked[-1])
+
+    def ask(sampling, views):
+        found = data.VideoViews([("a", 0)], 4, 32, sampling, 2, views)[0]
+        assert found.pixels.shape == (views[0] * views[1], 4, 3, 32, 32)
+        return np.reshape(asked.pop(), (views[0], 4)).tolist()
+
+    monkeypatch.setattr(data, "read_frames", read)
+    assert [clip[0] for clip in ask("dense", (3, 1))] == [0, 56, 113]
+    clips = ask("uniform", (3, 2))
+    assert clips == [[5, 35, 65, 95], [15, 45, 75, 105], [25, 55, 85, 115]]
+    assert ask("dense", (1, 3)) == [[56, 58, 60, 62]]
+    for sampling in ("dense", "uniform"):
+        clips, starts = data.TrainingClips([("a", 0)], 4, 32, sampling, (2,), "crop"), []
+        for epoch in range(50):
+            assert clips[epoch, 0][0].shape == (4, 3, 32, 32)
+            starts.append(asked.pop()[0])
+        assert len(set(starts)) > 15 and min(starts) < 10
+        assert max(starts) > (100 if sampling == "dense" else 20)
+
+
+def test_an_unreadable_video_is_replaced_in_training_and_reported_in_testing(micro, tmp_path):
+    bad = str(tmp_path / "bad.mp4")
+    open(bad, "w").close()
+    samples = [(bad, 0)] + find_videos("folder", micro).train
+    clip, label, messages = data.TrainingClips(samples, 4, 32)[0, 0]
+    assert clip.shape == (4, 3, 32, 32) and len(messages) == 1 and bad in messages[0]
+    views = data.VideoViews(samples, 4, 32)[0]
+    assert views.pixels is None and bad in views.error and views.numbers == []
+    assert (views.index, views.label) == (0, 0)
+    nothing = data.TrainingClips([(bad, 0)], 4, 32)[0, 0]
+    assert nothing[0] is None and len(nothing[2]) == 10
+    batch, _, messages = data.collate([nothing, (clip, label, [])])
+    assert batch is None and len(messages) == 10

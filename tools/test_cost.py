@@ -1,0 +1,120 @@
+"""The benchmark measures what it says, next to the plain model."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from adapters import METHODS
+from tools import cost
+
+CPU = torch.device("cpu")
+
+
+def test_steps_take_turns_and_the_first_round_does_not_count():
+    calls = []
+
+    def slow():
+        calls.append("a")
+        time.sleep(0.02 if len(calls) > 3 else 1)
+
+    steps = {"a": slow, "b": lambda: calls.append("b"), "c": lambda: calls.append("c")}
+    seconds = cost.take_turns(steps, 4, CPU)
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == 5 and all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+    assert all(0.02 <= s < 0.9 for s in seconds["a"]) and min(seconds["b"]) < 0.02
+
+
+def test_a_row_holds_medians_and_medians_of_ratios():
+    seconds = cost.Steps([2.0, 4.0, 9.0], [8.0, 8.0, 8.0], [1.0, 4.0, 3.0], [4.0, 8.0, 16.0])
+    counts = {"GMACs/view": 3.0}
+    row = cost.cost_row("dualpath", counts, seconds, [1.0, 1.0, 1.0], batch=2, rate=1e10)
+    assert row["forward/s"] == 0.5 and row["forward ÷ plain"] == 2  # of 2, 1 and 3
+    assert row["train/s"] == 0.25 and row["train ÷ plain"] == 1 and row["growth"] == 4
+    assert row["use"] == pytest.approx(2 * 3e9 * 2 / 8 / 1e10)
+    uses = {
+        name: cost.cost_row(name, counts, seconds, [1.0], 1, 1e10)["use"]
+        for name in ("linear", "aim", "full")
+    }
+    assert uses["aim"] == pytest.approx(2 * uses["linear"])
+    assert uses["full"] == pytest.approx(3 * uses["linear"])
+
+
+def test_the_benchmark_measures_next_to_the_plain_model(tmp_path, capsys):
+    path = str(tmp_path / "a.json")
+    frames = ["--frames", "16", "32"]
+    cost.main(["--backbone", "tiny", *frames, "--rounds", "1", "--json", path])
+    out = capsys.readouterr().out
+    with open(path) as file:
+        result = json.load(file)
+    rows = result["rows"]
+    assert (result["batch"], result["rounds"], result["compile"]) == (1, 1, False)
+    assert result["type"] == ("torch.bfloat16" if torch.cuda.is_available() else "torch.float32")
+    peers = [method for method in METHODS if method != "dualpath"]
+    assert [(row["method"], row["T"], row["images"]) for row in rows] == [
+        ("dualpath", 16, 9),
+        ("dualpath", 32, 10),
+        ("dualpath+A_t0", 32, 10),
+        *[(method, 8, 8) for method in peers],
+        ("aim", 16, 16),
+        ("aim", 32, 32),
+    ]
+    assert rows[0]["growth"] == 1
+    for row in rows:
+        assert f"{row['train ÷ plain']:.5g}" in out and f"{row['GMACs/view']:.5g}" in out
+        assert row["growth"] == pytest.approx(rows[0]["forward/s"] / row["forward/s"], rel=1e-3)
+        assert row["use"] > 0 and row["train ÷ plain"] > 0 and row["forward ÷ plain"] > 0
+
+
+def test_memory_is_a_models_own_and_what_its_step_takes(monkeypatch):
+    """On a GPU that holds other models, too; here its allocator is a pretended one."""
+    net, calls = torch.nn.Linear(1000, 1000, bias=False), []
+    frozen = torch.nn.Linear(1000, 1000, bias=False).requires_grad_(False)
+    steps = cost.Steps(None, lambda: calls.append("train"), None, lambda: calls.append("plain"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e9 + 1e9 * len(calls))
+    columns = cost.memory_columns(net, frozen, steps, 2, torch.device("cuda"))
+    assert calls == ["reset", "train", "reset", "plain"]
+    assert columns == {"GB/clip": (2 + 3 * 4e-3) / 2, "plain GB/clip": (4 + 4e-3) / 2}
+    assert cost.memory_columns(net, frozen, steps, 2, CPU) == {}
+
+
+def test_without_memory_there_is_a_sentence(monkeypatch):
+    def measure(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it.")
+
+    monkeypatch.setattr(cost, "measure", measure)
+    with pytest.raises(SystemExit, match=r"^cost.py: CUDA out of memory. \(a smaller --batch"):
+        cost.main(["--backbone", "tiny"])
+
+
+def test_a_training_step_trains_and_a_plain_one_reaches_the_pixels():
+    linear = torch.nn.Linear(3, 2)
+    before = linear.weight.detach().clone()
+    optimizer = torch.optim.AdamW(linear.parameters())
+    cost.step(linear, torch.randn(4, 3), train=True, optimizer=optimizer)
+    assert not torch.equal(linear.weight, before) and linear.weight.grad is None
+    pixels = torch.randn(4, 3, requires_grad=True)
+    seen = []
+    handle = pixels.register_hook(seen.append)
+    cost.step(linear.requires_grad_(False), pixels, train=True)
+    handle.remove()
+    assert len(seen) == 1 and seen[0].abs().max() > 0 and pixels.grad is None
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [(["--frames", "15"], "15"), (["--backbone", "x"], "'x'"), (["--frames", "0"], "from 1")],
+)
+def test_mistakes_in_the_benchmark_get_a_sentence(options, words):
+    with pytest.raises(SystemExit, match=f"^cost.py: .*{words}"):
+        cost.main(["--backbone", "tiny", *options])
+
+
+def test_rounds_are_a_whole_number_from_one(capsys):
+    with pytest.raises(SystemExit):
+        cost.main(["--rounds", "0"])
+    assert "'0' is not a whole number from 1" in capsys.readouterr().err
