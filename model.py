@@ -171,6 +171,15 @@ class DualPath(FrameModel):
     def features(self, video):
         """(B, T, 3, H, W) uint8 → (y^SP, y^TP), the paths' class features, (B, d_out) or None."""
         self.check(video)
+        x, z = self.embed(video)
+        for block, adapted in zip(self.visual.transformer.resblocks, self.blocks):
+            x, z = self.run_block(adapted, block, x, z)
+        y_sp = self.class_feature(x, video.shape[0]) if self.spatial else None
+        y_tp = self.class_feature(z, video.shape[0]) if self.temporal else None
+        return y_sp, y_tp
+
+    def embed(self, video):
+        """A clip's tokens in each path → x (B·T_s, 1 + P, d), z (B·T_G, 1 + P, d)."""
         frames = framesets = video[:0, 0].float()  # a path that is switched off has no images
         if self.spatial:
             frames = self.sampled_frames(video)  # (B·T_s, 3, H, W)
@@ -185,12 +194,7 @@ class DualPath(FrameModel):
         if self.temporal:
             position = self.temporal_position
             z = self.tokens(frameset_patches, self.temporal_class_embedding, position)
-        for block, adapted in zip(visual.transformer.resblocks, self.blocks):
-            x, z = self.run_block(adapted, block, x, z)
-
-        y_sp = self.class_feature(x, video.shape[0]) if self.spatial else None
-        y_tp = self.class_feature(z, video.shape[0]) if self.temporal else None
-        return y_sp, y_tp
+        return x, z
 
 
 def build_model(
