@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from conftest import (
     save,
     untimed,
 )
+from data import VideoViews
 from model import build_model
 from support.checkpoints import read_checkpoint, saved_weights
 from support.layouts import find_videos
@@ -149,3 +151,20 @@ def test_evaluate_refuses_other_classes(micro, tmp_path):
         evaluate.main([path, "--root", micro])
     with pytest.raises(SystemExit, match="no checkpoint"):
         evaluate.main([str(tmp_path / "b.pt")])
+
+
+def test_evaluation_does_not_hold_the_pixels_of_all_videos(micro, monkeypatch):
+    alive, most = weakref.WeakSet(), [0]
+    views_of = VideoViews.__getitem__
+
+    def recorded(self, index):
+        views = views_of(self, index)
+        alive.add(views.pixels)
+        most[0] = max(most[0], len(alive))
+        return views
+
+    monkeypatch.setattr(VideoViews, "__getitem__", recorded)
+    samples = find_videos("folder", micro).val * 3
+    model = build_model(**TINY)
+    rows = evaluate.predict(model, VideoViews(samples, 16, 64), torch.device("cpu"), batch=2)
+    assert len(rows) == 24 and 2 <= most[0] <= 6  # of three batches
