@@ -23,6 +23,9 @@ FORMATS = (
 # AVColorSpace: RGB, BT.709, not said, FCC, BT.601 (5 and 6), SMPTE 240M, BT.2020
 COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
 BT2020, BT2020_CONSTANT_LUMINANCE, NOT_SAID = 9, 10, 2
+# Packets of VP8 may show nothing. Those of MPEG-4 part 2 in AVI (Xvid, DivX) may hold two frames,
+# with a placeholder behind them, and timestamps out of order: the decoder's order is the right one.
+NOT_A_FRAME_EACH = ("vp8", "libvpx", "mpeg4")
 
 
 class VideoError(UserError):
@@ -93,7 +96,7 @@ def video_packets(container, path):
 def decode(stream, packets, path, choose):
     """Choose the frames and decode them: the short way if timestamps allow, else the long way."""
     times = presentation_times(stream, packets)
-    count = len(times) if times else sum(1 for _ in decode_all(stream, packets))
+    count = len(times) if times else count_decoded(stream, packets, path)
     numbers = [int(i) for i in (choose(count) if callable(choose) else choose)]
     for i in numbers or [-1]:  # none wanted, or none there: refused
         if not 0 <= i < count:
@@ -118,12 +121,23 @@ def presentation_times(stream, packets):
     A frame rate times a number would be wrong for variable rates, and for 29.97 frames a second
     in Matroska's milliseconds.
     """
-    if stream.codec_context.name in ("vp8", "libvpx"):  # some of VP8's packets show nothing
+    if stream.codec_context.name in NOT_A_FRAME_EACH:
         return None
     if any(packet.pts is None for packet in packets):
         return None
     times = sorted(packet.pts for packet in packets if not packet.is_discard)
     return times if len(set(times)) == len(times) else None
+
+
+def count_decoded(stream, packets, path):
+    """The number of frames that decoding gives; VideoError if that is far from the promised one."""
+    count = sum(1 for _ in decode_all(stream, packets))
+    if stream.frames > count + 3 and stream.frames > 1.02 * count:
+        raise VideoError(
+            f"{path} breaks off: of the {stream.frames} frames that it promises {count} can be"
+            " decoded"
+        )
+    return count
 
 
 def needed_packets(packets, targets):
