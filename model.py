@@ -25,8 +25,8 @@ from support.tables import table
 class FrameModel(nn.Module):
     """T_s frames, each an ordinary image; their class features averaged; a linear head on them.
 
-    visual: the image model. new_block(d): what goes around one of its blocks (adapters.py), and
-    may ask for the image model to be trained and for a trained vector for each frame.
+    visual: the image model. new_block(d): what goes around one of its blocks (adapters.py).
+    trains_image_model, temporal_embedding: what that block's class asks for.
     """
 
     spatial, temporal = True, False  # the paths that there are
