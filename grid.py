@@ -97,8 +97,8 @@ def main(argv=None):
         above = numbered(frames[:: T // 8], video.numbers[:: T // 8])
         below = numbered(frameset(frames[None])[0], video.numbers, rows=4, cols=4)
         write_picture(picture, above, below)
-    print(f"{picture}: above, 8 of {T} moments of {path} for the spatial path; below, all of them")
-    print("for the temporal path, shrunk by 4, 16 an image; with the frames' numbers")
+    print(f"wrote {picture}, {T} moments of {path} with their numbers: above, 8 of them for the")
+    print("spatial path; below, all of them for the temporal path, shrunk by 4, 16 an image")
 
 
 if __name__ == "__main__":
