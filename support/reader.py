@@ -24,7 +24,7 @@ FORMATS = (
 COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
 BT2020, BT2020_CONSTANT_LUMINANCE, NOT_SAID = 9, 10, 2
 # Packets of VP8 may show nothing. Those of MPEG-4 part 2 in AVI (Xvid, DivX) may hold two frames,
-# with a placeholder behind them, and timestamps out of order: the decoder's order is the right one.
+# with a placeholder behind them.
 NOT_A_FRAME_EACH = ("vp8", "libvpx", "mpeg4")
 
 
@@ -49,9 +49,7 @@ def read_frames(path, choose):
     if not os.path.isfile(path):
         raise VideoError(f"cannot read {path}: there is no such file")
     try:
-        with open_video(path) as container:
-            stream, packets = video_packets(container, path)
-            return decode(stream, packets, path, choose)
+        return read_by_times(path, choose) or read_whole(path, choose)
     except (av.FFmpegError, OSError, ValueError, LookupError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or error
         raise VideoError(f"cannot read {path}: {reason}") from error
@@ -93,51 +91,64 @@ def video_packets(container, path):
     return stream, packets
 
 
-def decode(stream, packets, path, choose):
-    """Choose the frames and decode them: the short way if timestamps allow, else the long way."""
-    times = presentation_times(stream, packets)
-    count = len(times) if times else count_decoded(stream, packets, path)
+def read_by_times(path, choose):
+    """The short way: decode what the wanted frames need, and know them by their timestamps.
+
+    None if the packets do not tell the frames' times, or a frame does not come as they promise.
+    """
+    with open_video(path) as container:
+        stream, packets = video_packets(container, path)
+        times = presentation_times(container, stream, packets)
+        if times is None:
+            return None
+        numbers = chosen(choose, len(times), path)
+        targets = [times[i] for i in numbers]
+        frames = decode_some(stream, packets, set(targets))
+        pixels = convert(((frame.pts, frame) for frame in frames), targets)
+    return None if pixels is None else Frames(pixels, numbers, len(times))
+
+
+def read_whole(path, choose):
+    """The long way: decode everything, once to count the frames and once to take the wanted."""
+    count = sum(1 for _ in decode_all(path))
+    numbers = chosen(choose, count, path)
+    pixels = convert(enumerate(decode_all(path)), numbers)
+    return Frames(pixels, numbers, count)
+
+
+def chosen(choose, count, path):
+    """The numbers of the wanted frames, each of which is there."""
     numbers = [int(i) for i in (choose(count) if callable(choose) else choose)]
     for i in numbers or [-1]:  # none wanted, or none there: refused
         if not 0 <= i < count:
             raise VideoError(f"{path} has {count} frames, so no frame {i}")
-    pixels = None
-    if times:
-        targets = [times[i] for i in numbers]
-        frames = decode_some(stream, packets, set(targets))
-        pixels = convert(((frame.pts, frame) for frame in frames), targets)
-    if pixels is None:  # timestamps are missing, or a frame did not come out as they promised
-        pixels = convert(enumerate(decode_all(stream, packets)), numbers)
-    if pixels is None:
-        raise VideoError(
-            f"{path} breaks off: of its {count} frames not all that are wanted can be decoded"
-        )
-    return Frames(pixels, numbers, count)
+    return numbers
 
 
-def presentation_times(stream, packets):
+def presentation_times(container, stream, packets):
     """The timestamp of frame 0, 1, 2, …, or None if the packets do not tell.
 
     A frame rate times a number would be wrong for variable rates, and for 29.97 frames a second
     in Matroska's milliseconds.
     """
-    if stream.codec_context.name in NOT_A_FRAME_EACH:
+    codec = stream.codec_context
+    if codec.name in NOT_A_FRAME_EACH:
+        return None
+    if container.format.name == "avi" and codec.codec.reorder:  # AVI has decoding times alone
         return None
     if any(packet.pts is None for packet in packets):
         return None
-    times = sorted(packet.pts for packet in packets if not packet.is_discard)
-    return times if len(set(times)) == len(times) else None
-
-
-def count_decoded(stream, packets, path):
-    """The number of frames that decoding gives; VideoError if that is far from the promised one."""
-    count = sum(1 for _ in decode_all(stream, packets))
-    if stream.frames > count + 3 and stream.frames > 1.02 * count:
-        raise VideoError(
-            f"{path} breaks off: of the {stream.frames} frames that it promises {count} can be"
-            " decoded"
-        )
-    return count
+    if not packets or not packets[0].is_keyframe:  # it was cut out of a longer video
+        return None
+    times = np.array([packet.pts for packet in packets])
+    keys = np.array([packet.is_keyframe for packet in packets])
+    # Frames that are shown before the first key frame have lost what they refer to, and decoders
+    # drop some. Where two videos have been joined, the times of the second may begin too early.
+    latest, earliest = np.maximum.accumulate(times), np.minimum.accumulate(times[::-1])[::-1]
+    if earliest[0] < times[0] or (latest[:-1] >= earliest[1:])[keys[1:]].any():
+        return None
+    shown = sorted(packet.pts for packet in packets if not packet.is_discard)
+    return shown if len(set(shown)) == len(shown) else None
 
 
 def needed_packets(packets, targets):
@@ -171,7 +182,7 @@ def decode_some(stream, packets, targets):
     """Yield decoded frames, those at `targets` among them, with as little decoding as they take.
 
     Ends early where a packet that is marked as a key frame turns out to be none, as in files that
-    have lost their index.
+    have lost their index; and where a packet may be half a frame.
     """
     codec, running, entries = stream.codec_context, False, set()
     needed = needed_packets(packets, targets)
@@ -182,23 +193,58 @@ def decode_some(stream, packets, targets):
             if not running and place > 0:
                 entries.add(packet.pts)
             # Skip what nobody wants and no other frame refers to.
-            codec.skip_frame = "DEFAULT" if packet.pts in targets else "NONREF"
+            skips = packet.pts not in targets and codec.name != "libdav1d"  # would skip for good
+            codec.skip_frame = "NONREF" if skips else "DEFAULT"
             frames = codec.decode(packet)
         elif running:
             frames = codec.decode(None)  # the frames held back for reordering
             codec.flush_buffers()
         running = wanted
-        if any(frame.pts in entries and not frame.key_frame for frame in frames):
-            return
+        for frame in frames:
+            if frame.pts in entries and not frame.key_frame:
+                return
+            if halves(stream, frame):
+                return
         yield from frames
 
 
-def decode_all(stream, packets):
-    """Yield all frames, in order."""
-    stream.codec_context.flush_buffers()
-    stream.codec_context.skip_frame = "DEFAULT"
-    for packet in within_time([*packets, None]):
-        yield from stream.codec_context.decode(packet)
+def decode_all(path):
+    """Yield all frames, in order; VideoError at the end if far fewer come than the file promises.
+
+    The decoder is a new one, since one that has been used may begin a cut video differently.
+    """
+    count, fields = 0, False
+    with open_video(path) as container:
+        stream, packets = video_packets(container, path)
+        for packet in within_time([*packets, None]):
+            for frame in stream.codec_context.decode(packet):
+                yield frame
+                count += 1
+                fields = fields or halves(stream, frame)
+        promised = promised_frames(stream, packets) // (2 if fields else 1)
+        if promised > count + 3 and promised > 1.02 * count:
+            raise VideoError(
+                f"{path} breaks off: of the {promised} frames that it promises {count} can be"
+                " decoded"
+            )
+
+
+def halves(stream, frame):
+    """May a packet hold half of this frame, as in interlaced H.264?"""
+    return frame.interlaced_frame and stream.codec_context.name == "h264"
+
+
+def promised_frames(stream, packets):
+    """How many frames decoding should give, by the header; 0 or less if it says nothing."""
+    first_key = next((i for i, packet in enumerate(packets) if packet.is_keyframe), 0)
+    shown = sum(not packet.is_discard for packet in packets[first_key:])
+    promised = stream.frames - (len(packets) - shown)
+    # An AVI may promise a frame and leave its packet out, to show the one before for longer.
+    if stream.duration and len(packets) > 1:
+        last = max(packet.dts or 0 for packet in packets)
+        end = last + last / (len(packets) - 1)
+        promised -= max(0, round(stream.frames * end / stream.duration) - len(packets))
+    return promised
 
 
 def convert(keyed_frames, wanted):

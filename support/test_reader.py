@@ -105,9 +105,24 @@ FILES = {
     "vp8.webm": coded("libvpx", **{"g": "20", "auto-alt-ref": "1", "lag-in-frames": "16"}),
     "mjpeg.avi": coded("mjpeg") | {"pix_fmt": "yuvj420p"},
     "wmv.wmv": coded("wmv2", g="12"),
+    "h264.avi": x264(g="20"),
+    "h265-open.ts": coded("libx265", **{"x265-params": "keyint=12:open-gop=1:log-level=none"}),
+    "av1.mp4": coded("libsvtav1", preset="10", g="20"),
+    "av1-one-key.webm": coded("libsvtav1", preset="10", g="60"),
+    "interlaced.mp4": x264(g="20", flags="+ildct+ilme"),
+    "interlaced.mpg": coded("mpeg2video", bf="2", flags="+ildct+ilme"),
+    "animation.gif": coded("gif") | {"pix_fmt": "rgb8", "pts": UNEVEN},
 }
-# Packets that show nothing or two frames, key frames that are not.
-IN_ORDER = ("mpeg4.avi", "mpeg4-b.avi", "mpeg4-b.mp4", "vp8.webm", "refresh.mp4")
+# Packets that show nothing, half a frame or two frames; key frames that are not; no timestamps.
+IN_ORDER = (
+    "mpeg4.avi",
+    "mpeg4-b.avi",
+    "mpeg4-b.mp4",
+    "vp8.webm",
+    "refresh.mp4",
+    "h264.avi",
+    "interlaced.mp4",
+)
 
 
 @pytest.mark.parametrize("name", FILES)
