@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import signal
 import sys
 
 import torch
@@ -16,10 +17,19 @@ if not sys.stderr.isatty():  # in the log of a job: a line a minute
     )
 
 
-def in_parallel(work, jobs, title):
-    """Yield work(job) for each job, in order; up to eight processes of one thread each do it."""
-    with concurrent.futures.ProcessPoolExecutor(
-        min(8, os.cpu_count()), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        results = pool.map(work, jobs, chunksize=16)
+def in_parallel(work, jobs, title, workers=None):
+    """Yield work(job) for each job, in order; processes of one thread each do it.
+
+    workers: their number, eight at most if it is not given.
+    """
+    workers = workers or min(8, os.cpu_count())
+    chunk = max(1, min(16, len(jobs) // (4 * workers)))  # of jobs, handed over at once
+    with concurrent.futures.ProcessPoolExecutor(workers, initializer=one_of_many) as pool:
+        results = pool.map(work, jobs, chunksize=chunk)
         yield from tqdm(results, title, len(jobs), unit="video", **BAR)
+
+
+def one_of_many():
+    """The parent is the one to be interrupted; it calls off what has not been begun."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

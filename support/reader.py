@@ -5,6 +5,8 @@ and times are limited, and whatever is wrong with one is a VideoError that names
 """
 
 import bisect
+import contextlib
+import itertools
 import os
 import time
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from support.colours import rgb, upright
 from support.errors import UserError
 
 # A clip for training is far below all of these.
@@ -20,12 +23,10 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,live_flv,asf,ogg,mpegvideo,h264,"
     "hevc,gif,ivf,nut,dv,mxf,rm"
 )
-# AVColorSpace: RGB, BT.709, not said, FCC, BT.601 (5 and 6), SMPTE 240M, BT.2020
-COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
-BT2020, BT2020_CONSTANT_LUMINANCE, NOT_SAID = 9, 10, 2
 # Packets of VP8 may show nothing. Those of MPEG-4 part 2 in AVI (Xvid, DivX) may hold two frames,
 # with a placeholder behind them.
 NOT_A_FRAME_EACH = ("vp8", "libvpx", "mpeg4")
+CHANGES_SIZE = "the size of its frames changes midway"
 
 
 class VideoError(UserError):
@@ -46,10 +47,36 @@ def read_frames(path, choose):
     choose: the numbers, in any order, repeats allowed; or a function of the video's number of
     frames that returns them. Raises VideoError.
     """
+    with one_error(path):
+        return read_by_times(path, choose) or read_whole(path, choose)
+
+
+def every_frame(path):
+    """Yield all frames that read_frames gives of a video, one at a time: (H, W, 3) uint8.
+
+    A long video of large frames does not fit in memory.
+    """
+    missing = read_frames(path, [0]).count
+    reformatter, shape = av.video.reformatter.VideoReformatter(), None
+    with one_error(path):
+        for frame in itertools.islice(decode_all(path), missing):
+            image = upright(rgb(frame, reformatter), frame)
+            shape = shape or image.shape
+            if image.shape != shape:
+                raise ValueError(CHANGES_SIZE)
+            yield image
+            missing -= 1
+        if missing:
+            raise ValueError(f"{missing} of its frames cannot be decoded")
+
+
+@contextlib.contextmanager
+def one_error(path):
+    """Whatever goes wrong with the video inside becomes a VideoError that names it."""
     if not os.path.isfile(path):
         raise VideoError(f"cannot read {path}: there is no such file")
     try:
-        return read_by_times(path, choose) or read_whole(path, choose)
+        yield
     except (av.FFmpegError, OSError, ValueError, LookupError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or error
         raise VideoError(f"cannot read {path}: {reason}") from error
@@ -264,34 +291,8 @@ def convert(keyed_frames, wanted):
                 raise ValueError("its frames are too large")
             images = np.empty((len(wanted), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:
-            raise ValueError("the size of its frames changes midway")
+            raise ValueError(CHANGES_SIZE)
         images[rows.pop(key)] = image
         if not rows:
             return images
     return None
-
-
-def rgb(frame, reformatter):
-    """A decoded frame → (H, W, 3) uint8, a view of the converted frame's own memory."""
-    if frame.colorspace not in COLOUR_MATRICES:  # the scaler refuses rare and reserved tags
-        constant_luminance = frame.colorspace == BT2020_CONSTANT_LUMINANCE
-        frame.colorspace = BT2020 if constant_luminance else NOT_SAID
-    frame = reformatter.reformat(frame, format="rgb24", threads=1)
-    plane = frame.planes[0]
-    rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
-    return rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
-
-
-def upright(image, frame):
-    """Apply the display matrix: a transposition and flips (`frame.rotation` drops the flips)."""
-    for side in frame.side_data:
-        if side.type.name != "DISPLAYMATRIX":
-            continue
-        a, b, _, c, d = np.frombuffer(side, np.int32)[:5]  # (x, y) goes to (a·x + c·y, b·x + d·y)
-        if abs(int(b)) > abs(int(a)):
-            image, a, d = image.transpose(1, 0, 2), c, b
-        if d < 0:
-            image = image[::-1]
-        if a < 0:
-            image = image[:, ::-1]
-    return image
