@@ -56,6 +56,8 @@ class DualPathBlock(nn.Module):
     of an unused path are not built.
     """
 
+    needs_class_token = False
+
     def __init__(
         self,
         d,
@@ -100,18 +102,28 @@ class DualPathBlock(nn.Module):
         return h + A(h) if self.serial_skip else A(h)
 
 
+class Unadapted(nn.Module):
+    """Between the stages of Swin: patch merging, which each path passes without adapters."""
+
+    def forward(self, merging, *paths):
+        """paths: x alone, or x and z, (images, L, d) → (images, L / 4, 2d)."""
+        merged = merging(torch.cat(paths)).split([path.shape[0] for path in paths])
+        return merged if len(paths) > 1 else merged[0]
+
+
 # ---------------------------------------------------------------- the methods it is compared with
 class FrameBlock(nn.Module):
     """Base of the blocks that see frames alone: x'' = the image model's own block of x.
 
     x is (B·frames, L, d), the frames of B clips one after the other, each an ordinary image: its
-    class token first, then its P patches. x'' has the same shape. A method that needs more than a
-    block of its own asks for it here.
+    class token first, if there is one, then its P patches. x'' has the same shape. A method that
+    needs more than a block of its own asks for it here.
     """
 
     looks_across_frames = False  # does the order of frames change what it gives?
     trains_image_model = False
     temporal_embedding = False  # a trained vector for each frame is added to its tokens
+    needs_class_token = False  # does it take image models that have one alone?
 
     def __init__(self, d, frames, bottleneck=None, dropout=0.1):
         super().__init__()
@@ -135,6 +147,8 @@ class VPTBlock(FrameBlock):
 
     x' = x + MHA(LN1 [x ; P])          x'' = x' + MLP(LN2 x')          (the rows of x alone)
     """
+
+    needs_class_token = True
 
     def __init__(self, d, frames, bottleneck=50, dropout=0.1):
         super().__init__(d, frames)
@@ -176,6 +190,8 @@ class ProTuningBlock(FrameBlock):
     Width, GELU and the start at zero are ours. A class token has no place in the grid of patches
     and gets no prompt; so what the last block adds to the patches is never read.
     """
+
+    needs_class_token = True
 
     def __init__(self, d, frames, bottleneck=None, dropout=0.1):
         super().__init__(d, frames)
@@ -227,6 +243,7 @@ class STAdapterBlock(FrameBlock):
     """
 
     looks_across_frames = True
+    needs_class_token = True
 
     def __init__(self, d, frames, bottleneck=384, dropout=0.1, before="mha"):
         super().__init__(d, frames)
@@ -257,6 +274,7 @@ class AIMBlock(FrameBlock):
 
     looks_across_frames = True
     temporal_embedding = True
+    needs_class_token = True
 
     def __init__(self, d, frames, bottleneck=None, dropout=0.1, s=0.5):
         super().__init__(d, frames)
@@ -327,8 +345,8 @@ def attend(block, qkv):
 def MLP(block, x):
     """The frozen MLP of an open_clip block, its layer scale included."""
     mlp = block.mlp
-    frozen = not mlp.c_fc.weight.requires_grad
-    if frozen and isinstance(mlp.gelu, QuickGELU) and not hasattr(mlp, "ln"):
+    quick = isinstance(getattr(mlp, "gelu", None), QuickGELU) and not hasattr(mlp, "ln")
+    if quick and not mlp.c_fc.weight.requires_grad:
         return block.ls_2(QuickMLP.apply(x, *mlp.parameters()))
     return block.ls_2(mlp(x))
 

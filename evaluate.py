@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import VideoViews
-from model import load_checkpoint, prepare
+from model import load_checkpoint
 from support import options
 from support.errors import UserError
 from support.layouts import digest, find_videos
+from support.prepare import prepare
 from support.processes import (
     autocast_type,
     gather,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from adapters import METHODS, DualPathBlock
+from adapters import METHODS, DualPathBlock, FrameBlock, Unadapted
 from grid import check_divides, frameset, position_code
 from support.checkpoints import check_fit, load_weights, read_checkpoint, saved_weights
 from support.errors import UserError, one_sentence
@@ -25,26 +25,19 @@ from support.tables import table
 class FrameModel(nn.Module):
     """T_s frames, each an ordinary image; their class features averaged; a linear head on them.
 
-    visual: the image model. new_block(d): what goes around one of its blocks (adapters.py).
-    trains_image_model, temporal_embedding: what that block's class asks for.
+    visual: the image model (support/towers.py). new_block(d): what goes around one of its blocks
+    (adapters.py). asks_for: the class of that, whose flags say what it needs.
     """
 
     spatial, temporal = True, False  # the paths that there are
 
     def __init__(
-        self,
-        visual,
-        new_block,
-        num_classes,
-        num_frames,
-        spatial_frames,
-        trains_image_model=False,
-        temporal_embedding=False,
+        self, visual, new_block, num_classes, num_frames, spatial_frames, asks_for=FrameBlock
     ):
         super().__init__()
         check_divides("the number of frames", num_frames, spatial_frames)
         check_divides("the image size", visual.image_size[0], visual.patch_size[0])
-        self.visual = visual.requires_grad_(trains_image_model)
+        self.visual = visual.requires_grad_(asks_for.trains_image_model)
         self.num_frames, self.spatial_frames = num_frames, spatial_frames
         self.images = spatial_frames  # that a clip costs
         self.checkpoint_activations = False
@@ -52,10 +45,10 @@ class FrameModel(nn.Module):
             pixels = 255 * torch.tensor(value).view(3, 1, 1)
             self.register_buffer(name, pixels, persistent=False)
         self.head = nn.Linear(visual.output_dim, num_classes)
-        d = visual.class_embedding.shape[0]
-        self.blocks = nn.ModuleList(new_block(d) for _ in visual.transformer.resblocks)
+        self.blocks = nn.ModuleList(new_block(d) if d else Unadapted() for d in visual.widths)
         self.temporal_embedding = 0.0
-        if temporal_embedding:
+        if asks_for.temporal_embedding:
+            d = visual.widths[0]
             self.temporal_embedding = nn.Parameter(torch.zeros(spatial_frames, 1, d))
 
     def train(self, mode=True):
@@ -72,11 +65,10 @@ class FrameModel(nn.Module):
         """(B, T, 3, H, W) uint8 → (y^SP (B, d_out), None): there is no temporal path."""
         self.check(video)
         frames = self.sampled_frames(video)  # (B·T_s, 3, H, W)
-        position = self.visual.positional_embedding[None] + self.temporal_embedding
-        x = self.tokens(self.patches(frames), self.visual.class_embedding, position)
-        for block, adapted in zip(self.visual.transformer.resblocks, self.blocks):
+        x = self.frame_tokens(self.patches(frames))
+        for block, adapted in zip(self.visual.blocks, self.blocks):
             x = self.run_block(adapted, block, x)
-        return self.class_feature(x, video.shape[0]), None
+        return self.mean_feature(x, video.shape[0]), None
 
     def check(self, video):
         want, shape = (self.num_frames, 3, *self.visual.image_size), tuple(video.shape)
@@ -92,13 +84,25 @@ class FrameModel(nn.Module):
 
     def patches(self, images):
         """(N, 3, H, W), values 0…255 → patch embeddings (N, P, d), no positions yet."""
-        return self.visual.conv1((images - self.mean) / self.std).flatten(2).transpose(1, 2)
+        return self.visual.patches((images - self.mean) / self.std)
+
+    def frame_tokens(self, patches):
+        """Patches of frames → their tokens, with the class token and p^SP where there are any."""
+        position = self.visual.positional_embedding
+        if position is not None:
+            position = position[None] + self.temporal_embedding
+        return self.tokens(patches, self.visual.class_embedding, position)
 
     def tokens(self, patches, class_token, position):
-        """(B·n, P, d) → (B·n, 1 + P, d): class token in front, position (n, 1 + P, d) added."""
-        class_tokens = class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        tokens = torch.cat([class_tokens, patches], dim=1).unflatten(0, (-1, position.shape[0]))
-        return self.visual.ln_pre((tokens + position.to(patches.dtype)).flatten(0, 1))
+        """(B·n, P, d) → (B·n, L, d): class token in front, position (n, L, d) added, or None."""
+        tokens = patches
+        if class_token is not None:
+            class_tokens = class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
+            tokens = torch.cat([class_tokens, patches], dim=1)
+        if position is not None:
+            tokens = tokens.unflatten(0, (-1, position.shape[0]))
+            tokens = (tokens + position.to(patches.dtype)).flatten(0, 1)
+        return self.visual.ln_pre(tokens)
 
     def run_block(self, adapted, *inputs):
         """adapted(*inputs); with checkpointing its insides are computed again for backward."""
@@ -106,10 +110,9 @@ class FrameModel(nn.Module):
             return checkpoint(adapted, *inputs, use_reentrant=False)
         return adapted(*inputs)
 
-    def class_feature(self, tokens, batch):
-        """Class tokens' features, the mean of a clip's images: (batch·n, L, d) → (batch, d_out)."""
-        features = self.visual.ln_post(tokens[:, 0]) @ self.visual.proj
-        return features.unflatten(0, (batch, -1)).mean(dim=1)
+    def mean_feature(self, tokens, batch):
+        """The images' features, the mean of a clip's: (batch·n, L, d) → (batch, d_out)."""
+        return self.visual.feature(tokens).unflatten(0, (batch, -1)).mean(dim=1)
 
 
 class DualPath(FrameModel):
@@ -137,8 +140,9 @@ class DualPath(FrameModel):
         self.spatial, self.temporal = paths != "temporal", paths != "spatial"
         self.images = 0
         if self.spatial:
-            visual.class_embedding.requires_grad_()
-            visual.positional_embedding.requires_grad_()
+            for p in (visual.class_embedding, visual.positional_embedding):
+                if p is not None:
+                    p.requires_grad_()
             self.images += spatial_frames
         if self.temporal:
             self.add_temporal_path(position_scale)
@@ -152,34 +156,30 @@ class DualPath(FrameModel):
     def add_temporal_path(self, position_scale):
         visual, (H, W) = self.visual, self.visual.image_size
         frameset(torch.empty(0, self.num_frames, 3, H, W), self.rows, self.cols)  # must divide
-        # What the frozen blocks know as a class token is the embedding with its position added.
-        class_token = visual.class_embedding + visual.positional_embedding[0]
-        self.temporal_class_embedding = nn.Parameter(class_token.detach())
-        code = position_code(
-            self.num_frames // (self.rows * self.cols),
-            H,
-            W,
-            visual.patch_size[0],
-            class_token.shape[0],
-            self.rows,
-            self.cols,
-        )
-        code = nn.functional.pad(position_scale * code, (0, 0, 1, 0))  # zero for the class token
-        code = code.to(visual.proj.device)  # p^TP (T_G, 1 + P, d)
+        patch, d = visual.patch_size[0], visual.widths[0]
+        framesets = self.num_frames // (self.rows * self.cols)
+        code = position_scale * position_code(framesets, H, W, patch, d, self.rows, self.cols)
+        self.temporal_class_embedding = None
+        if visual.class_embedding is not None:
+            # What the frozen blocks know as a class token is the embedding with its position added.
+            class_token = visual.class_embedding + visual.positional_embedding[0]
+            self.temporal_class_embedding = nn.Parameter(class_token.detach())
+            code = nn.functional.pad(code, (0, 0, 1, 0))  # zero for the class token
+        code = code.to(self.mean.device)  # p^TP (T_G, L, d)
         self.register_buffer("temporal_position", code, persistent=False)
 
     def features(self, video):
-        """(B, T, 3, H, W) uint8 → (y^SP, y^TP), the paths' class features, (B, d_out) or None."""
+        """(B, T, 3, H, W) uint8 → (y^SP, y^TP), the paths' features, (B, d_out) or None."""
         self.check(video)
         x, z = self.embed(video)
-        for block, adapted in zip(self.visual.transformer.resblocks, self.blocks):
+        for block, adapted in zip(self.visual.blocks, self.blocks):
             x, z = self.run_block(adapted, block, x, z)
-        y_sp = self.class_feature(x, video.shape[0]) if self.spatial else None
-        y_tp = self.class_feature(z, video.shape[0]) if self.temporal else None
+        y_sp = self.mean_feature(x, video.shape[0]) if self.spatial else None
+        y_tp = self.mean_feature(z, video.shape[0]) if self.temporal else None
         return y_sp, y_tp
 
     def embed(self, video):
-        """A clip's tokens in each path → x (B·T_s, 1 + P, d), z (B·T_G, 1 + P, d)."""
+        """A clip's tokens in each path → x (B·T_s, L, d), z (B·T_G, L, d)."""
         frames = framesets = video[:0, 0].float()  # a path that is switched off has no images
         if self.spatial:
             frames = self.sampled_frames(video)  # (B·T_s, 3, H, W)
@@ -188,12 +188,11 @@ class DualPath(FrameModel):
         patches = self.patches(torch.cat([frames, framesets]))  # (B·(T_s + T_G), P, d)
         frame_patches, frameset_patches = patches.split([frames.shape[0], framesets.shape[0]])
 
-        visual = self.visual
-        x = self.tokens(frame_patches, visual.class_embedding, visual.positional_embedding[None])
+        x = self.frame_tokens(frame_patches)
         z = x[:0]
         if self.temporal:
-            position = self.temporal_position
-            z = self.tokens(frameset_patches, self.temporal_class_embedding, position)
+            class_token, position = self.temporal_class_embedding, self.temporal_position
+            z = self.tokens(frameset_patches, class_token, position)
         return x, z
 
 
@@ -218,17 +217,12 @@ def build_model(
     """A video classifier around a frozen image model: (B, T, 3, H, W) uint8 → (B, num_classes).
 
     image_size, bottleneck: None for the image model's and the method's own; another size
-    interpolates the position embedding. rows, cols: the frameset's. position_scale: amplitude of
-    p^TP. The others are explained in adapters.py. Raises UserError.
+    interpolates the position embedding. DualPath's bottleneck is 128, or around Swin a quarter of
+    each stage's width, as in the authors' code. rows, cols: the frameset's. position_scale:
+    amplitude of p^TP. The others are explained in adapters.py. Raises UserError.
     """
     config = dict(locals())
-    if method not in METHODS:
-        raise UserError(f"there is no method {method!r}; the methods are {', '.join(METHODS)}")
-    if paths not in ("both", "spatial", "temporal") or (paths != "both" and method != "dualpath"):
-        raise UserError(
-            f"paths is {paths!r}; it is both, spatial or temporal, and the last two are for"
-            " dualpath alone"
-        )
+    check_method(method, paths, backbone)
     visual = load_image_model(backbone, pretrained, image_size)
     sizes = (num_classes, num_frames, spatial_frames)
     options = {"dropout": dropout}
@@ -239,13 +233,14 @@ def build_model(
     try:
         if method == "dualpath":
             options |= {"pre_attention_adapter": pre_attention_adapter, "serial_skip": serial_skip}
-            new_block = partial(DualPathBlock, paths=paths, **options)
+            stages_differ = len(set(visual.widths)) > 1
+            Block = quarter_block if stages_differ and bottleneck is None else DualPathBlock
+            new_block = partial(Block, paths=paths, **options)
             model = DualPath(visual, new_block, *sizes, rows, cols, position_scale, paths)
         else:
             Block = METHODS[method]
             new_block = partial(Block, frames=spatial_frames, **options)
-            asks_for = (Block.trains_image_model, Block.temporal_embedding)
-            model = FrameModel(visual, new_block, *sizes, *asks_for)
+            model = FrameModel(visual, new_block, *sizes, Block)
     except ValueError as error:
         raise UserError(error) from error
     model.config = config
@@ -253,30 +248,31 @@ def build_model(
     return model.train()
 
 
-def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
-    """Make a model ready for long work under autocast to dtype; returns it.
+def quarter_block(d, **options):
+    return DualPathBlock(d, bottleneck=d // 4, **options)
 
-    Frozen weights are held in dtype, instead of being cast at every call. compile: the blocks,
-    which share their graphs. checkpoint_activations: keep only the blocks' inputs for backward.
-    """
-    model.checkpoint_activations = checkpoint_activations
-    if dtype is not None:
-        for p in model.visual.parameters():
-            if not p.requires_grad:
-                p.data = p.data.to(dtype)
-    if compile:
-        try:  # something small, so that a missing compiler is a sentence now
-            torch.compile(torch.neg)(model.mean)
-        except Exception as error:  # each backend raises its own kinds
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--compile does not work on this machine: {reason}") from error
-        # It would cut the (small) graphs for DDP and, past its limit, go on without compiling.
-        dynamo = torch._dynamo.config
-        dynamo.optimize_ddp, dynamo.recompile_limit = False, 64
-        dynamo.fail_on_recompile_limit_hit = True
-        for block in model.blocks:
-            block.compile()
-    return model
+
+def check_method(method, paths, backbone):
+    if method not in METHODS:
+        raise UserError(f"there is no method {method!r}; the methods are {', '.join(METHODS)}")
+    if paths not in ("both", "spatial", "temporal") or (paths != "both" and method != "dualpath"):
+        raise UserError(
+            f"paths is {paths!r}; it is both, spatial or temporal, and the last two are for"
+            " dualpath alone"
+        )
+    if not takes(method, backbone):
+        raise UserError(
+            f"{method} needs a class token, which {backbone!r} has not: it takes ViTs that have"
+            " one, such as ViT-B-16-quickgelu"
+        )
+
+
+def takes(method, backbone):
+    """Does a method take an image model? That is built without memory, weights or a download."""
+    if not METHODS[method].needs_class_token:
+        return True
+    with torch.device("meta"):
+        return load_image_model(backbone, None).class_embedding is not None
 
 
 def load_checkpoint(path, backbone=None, pretrained=None):
@@ -309,7 +305,7 @@ def check_claims(path, config, content):
         claimed = build_model(**dict(config, pretrained=None))
     claimed.config = content["model"]
     check_fit(saved_weights(claimed), content["weights"], f"{path} does not fit the model")
-    constants = [*claimed.buffers(), claimed.visual.positional_embedding]
+    constants = [*claimed.buffers(), *claimed.visual.parameters(recurse=False)]
     if claimed.num_frames > 9999 or sum(t.nbytes for t in constants) > 1 << 30:
         raise UserError(f"{path} is refused: no model has so many frames, or frames so large")
 
@@ -342,10 +338,14 @@ def count(model):
     }
 
 
-def variants(methods, frames):
-    """(name, build_model's arguments) of the rows of the table."""
+def variants(backbone, methods, frames):
+    """(name, build_model's arguments) of the rows of the table, for the methods that take it."""
+    taken = [method for method in methods if takes(method, backbone)] or methods  # refused, then
+    left_out = [method for method in methods if method not in taken]
+    if left_out:
+        print(f"{backbone} has no class token, which these need: {', '.join(left_out)}")
     rows = []
-    for method in methods:
+    for method in taken:
         if method == "dualpath":
             rows += [(method, {"num_frames": T}) for T in frames]
             with_A_t0 = {"num_frames": frames[-1], "pre_attention_adapter": True}
@@ -359,7 +359,7 @@ def variants(methods, frames):
 def count_variants(backbone, methods, frames):
     """A row of counts for each variant."""
     rows = []
-    for name, config in variants(methods, frames):
+    for name, config in variants(backbone, methods, frames):
         with torch.device("meta"):  # shapes without memory: counting needs no weights
             model = build_model(backbone=backbone, pretrained=None, **config)
             rows.append({"method": name} | count(model))
@@ -386,7 +386,7 @@ def main(argv=None):
 def add_report_options(add):
     """Those of tools.cost, too."""
     names = ", ".join(METHODS)
-    backbones = ["ViT-B-16-quickgelu", "ViT-L-14-quickgelu"]
+    backbones = ["ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "swin_b", "ViT-B-16-SigLIP2"]
     add("--backbone", nargs="+", default=backbones, metavar="NAME", help="(%(default)s)")
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=names)
     frames = [16, 32, 48]

@@ -25,11 +25,12 @@ from tqdm import tqdm
 from adapters import METHODS
 from data import TrainingClips, VideoViews, collate
 from evaluate import predict, summarise
-from model import build_model, count_parameters, prepare
+from model import build_model, count_parameters
 from support.checkpoints import load_weights, read_checkpoint
 from support.errors import UserError
 from support.layouts import digest, find_videos
 from support.options import training_options
+from support.prepare import prepare
 from support.processes import autocast_type, in_turn, leave_signals_to_the_parent, processes, say
 from support.progress import BAR
 from support.resume import find_checkpoint
@@ -269,7 +270,8 @@ def parameter_groups(model, weight_decay):
     """Weight decay for matrices; none for biases, norms, tokens and position embeddings."""
     matrices, others = [], []
     for name, p in model.named_parameters():
-        if p.requires_grad and p.ndim > 1 and not name.endswith("embedding"):
+        spared = name.endswith(("embedding", "bias_table", "latent"))  # the last two: Swin, SigLIP
+        if p.requires_grad and p.ndim > 1 and not spared:
             matrices.append(p)
         elif p.requires_grad:
             others.append(p)

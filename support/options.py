@@ -147,13 +147,13 @@ def add_model_options(add, methods):
         "--backbone",
         default="ViT-B-16-quickgelu",
         metavar="NAME",
-        help="open_clip model, local-dir:DIR, or tiny",
+        help="open_clip model, swin_t, swin_s, swin_b, local-dir:DIR, or tiny",
     )
     add(
         "--pretrained",
         default="openai",
         metavar="TAG",
-        help="open_clip tag, a file, or none for random weights",
+        help="open_clip tag (swins: imagenet1k), a file, or none for random weights",
     )
     add("--frames", type=at_least(1), default=32, metavar="N", help="frames per clip, T")
     add(

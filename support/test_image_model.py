@@ -43,7 +43,6 @@ def offline(monkeypatch):
         ("ViT-B-16", "nonsense", "nonsense.*openai"),
         ("ViT-B-61", "openai", "ViT-B-16"),
         ("RN50", "openai", "class token"),
-        ("ViT-B-16-SigLIP", "webli", "class token"),
         ("coca_ViT-B-32", "laion2b_s13b_b90k", "class token"),
         ("local-dir:/no/where", "openai", "/no/where"),
     ],

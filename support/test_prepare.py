@@ -16,8 +16,9 @@ from conftest import (
     randomise,
     save,
 )
-from model import build_model, load_checkpoint, prepare
+from model import build_model, load_checkpoint
 from support.checkpoints import saved_weights
+from support.prepare import prepare
 
 PEERS = [method for method in METHODS if method != "dualpath"]
 TRAINS_IMAGE_MODEL = [method for method in PEERS if METHODS[method].trains_image_model]

@@ -2,7 +2,7 @@
 
     python -m tools.cost --batch 32 --backbone ViT-B-16-quickgelu --method dualpath --json cost.json
 
-The plain model (open_clip's own, never compiled) sees as many images as the method. Its training
+The plain model (the library's own, never compiled) sees as many images as the method. Its training
 step is a forward and a backward to the pixels: the least that any method costs that trains inside
 it. All steps take turns in random order, so that noise falls on all alike; the first round warms
 up, and a ratio is the median of the rounds' ratios.
@@ -19,10 +19,11 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from model import add_report_options, build_model, count, prepare, variants
+from model import add_report_options, build_model, count, variants
 from support import options
 from support.errors import UserError, one_sentence
-from support.image_model import load_image_model
+from support.image_model import load_plain_model
+from support.prepare import prepare
 from support.tables import table
 
 # Forwards' worth of products in a training step: the way back through frozen weights costs one.
@@ -148,10 +149,10 @@ def cost_row(name, counts, seconds, first_forward, batch, rate):
 
 def measure(backbone, args, device, dtype):
     """(rows, rate of a large product) of one backbone."""
-    plain = load_image_model(backbone, None).to(device, dtype).requires_grad_(False)
+    plain = load_plain_model(backbone, None).to(device, dtype).requires_grad_(False)
     product, macs = large_product(device, dtype)
     names, counts, models, all_steps = [], [], [], {"product": product}
-    for i, (name, config) in enumerate(variants(args.method, args.frames)):
+    for i, (name, config) in enumerate(variants(backbone, args.method, args.frames)):
         config = dict(config, backbone=backbone, pretrained=None)
         with torch.device("meta"):
             counts.append(count(build_model(**config)))

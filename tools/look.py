@@ -36,7 +36,8 @@ def attention(model, video):
     in patches, the mean over heads; a path that is not there has no rows. For a model on the CPU,
     in float32, where nn.MultiheadAttention itself is run: it can tell its weights.
     """
-    attn, size = model.visual.transformer.resblocks[-1].attn, model.visual.grid_size
+    attn = model.visual.blocks[-1].attn
+    size = [side // model.visual.patch_size[0] for side in model.visual.image_size]
     if not isinstance(attn, nn.MultiheadAttention) or video.device.type != "cpu":
         raise UserError(
             f"the attention of {model.config['backbone']!r} on {video.device} does not tell its"
