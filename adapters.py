@@ -102,6 +102,11 @@ class DualPathBlock(nn.Module):
         return h + A(h) if self.serial_skip else A(h)
 
 
+def quarter_block(d, **options):
+    """For image models whose stages differ in width."""
+    return DualPathBlock(d, bottleneck=d // 4, **options)
+
+
 class Unadapted(nn.Module):
     """Between the stages of Swin: patch merging, which each path passes without adapters."""
 
@@ -121,6 +126,7 @@ class FrameBlock(nn.Module):
     """
 
     looks_across_frames = False  # does the order of frames change what it gives?
+    pools_tokens = False  # are the frames' tokens averaged, rather than their features?
     trains_image_model = False
     temporal_embedding = False  # a trained vector for each frame is added to its tokens
     needs_class_token = False  # does it take image models that have one alone?
@@ -150,10 +156,9 @@ class VPTBlock(FrameBlock):
 
     needs_class_token = True
 
-    def __init__(self, d, frames, bottleneck=50, dropout=0.1):
+    def __init__(self, d, frames, bottleneck=50, dropout=0.1, patch_size=16):
         super().__init__(d, frames)
-        # Theirs is √(6 / (3·patch² + d)), which is this where d = 3·patch², as in ViT-B/16.
-        bound = math.sqrt(3 / d)
+        bound = math.sqrt(6 / (3 * patch_size**2 + d))
         prompts = torch.empty(bottleneck, d).uniform_(-bound, bound)
         self.prompt_embedding = nn.Parameter(prompts)
         self.dropout = nn.Dropout(dropout)
@@ -239,10 +244,11 @@ class STAdapterBlock(FrameBlock):
 
     before: "mha" builds A_1, "mlp" A_2, "both" both: 12×384 (the paper's is before MHA, their
     code's before the MLP) and 24×384 on ViT-B. Class tokens pass an adapter unchanged, so A_2 of
-    the last block moves nothing that is read.
+    the last block moves nothing that is read. As in their code, the frames' class tokens are
+    averaged before the image model's last norm.
     """
 
-    looks_across_frames = True
+    looks_across_frames = pools_tokens = True
     needs_class_token = True
 
     def __init__(self, d, frames, bottleneck=384, dropout=0.1, before="mha"):
@@ -266,26 +272,31 @@ class AIMBlock(FrameBlock):
     """AIM (Yang et al., ICLR 2023): the frozen attention runs twice, first over time.
 
         x_t = x + A_t(MHA over time(LN1 x))        x' = x_t + h + A_s(h) with h = MHA(LN1 x_t)
-        x'' = x' + MLP(LN2 x') + s · A_m(LN2 x'), s = 0.5
+        x'' = x' + MLP(LN2 x') + s · A_m(LN2 x')
 
     Over time means over the frames of each token. Neither attention knows the order of frames:
-    that is in the model's temporal embedding alone.
+    that is in the model's temporal embedding alone. temporal_adapters: with 2, as in theirs for
+    Something-Something v2, MHA over time is of u + A_in(u) with u = LN1 x.
     """
 
     looks_across_frames = True
     temporal_embedding = True
     needs_class_token = True
 
-    def __init__(self, d, frames, bottleneck=None, dropout=0.1, s=0.5):
+    def __init__(self, d, frames, bottleneck=None, dropout=0.1, s=0.5, temporal_adapters=1):
         super().__init__(d, frames)
         width = bottleneck or d // 4
+        self.A_in = Adapter(d, width, dropout) if temporal_adapters == 2 else None
         self.A_t = Adapter(d, width, dropout)
         self.A_s = Adapter(d, width, dropout)
         self.A_m = Adapter(d, width, dropout)
         self.frames, self.s = frames, s
 
     def forward(self, block, x):
-        h = LN(block.ln_1, x).unflatten(0, (-1, self.frames)).transpose(1, 2)  # (B, L, frames, d)
+        h = LN(block.ln_1, x)
+        if self.A_in is not None:
+            h = h + self.A_in(h)
+        h = h.unflatten(0, (-1, self.frames)).transpose(1, 2)  # (B, L, frames, d)
         B, L = h.shape[:2]
         h = MHA(block, h.flatten(0, 1))  # (B·L, frames, d)
         h = h.unflatten(0, (B, L)).transpose(1, 2).flatten(0, 1)  # (B·frames, L, d)

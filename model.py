@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from adapters import METHODS, DualPathBlock, FrameBlock, Unadapted
+from adapters import METHODS, FrameBlock, Unadapted, quarter_block
 from grid import check_divides, frameset, position_code
 from support.checkpoints import check_fit, load_weights, read_checkpoint, saved_weights
 from support.errors import UserError, one_sentence
-from support.image_model import fingerprint, load_image_model
+from support.image_model import fingerprint, has_class_token, load_image_model
 from support.tables import table
 
 
@@ -46,6 +46,7 @@ class FrameModel(nn.Module):
             self.register_buffer(name, pixels, persistent=False)
         self.head = nn.Linear(visual.output_dim, num_classes)
         self.blocks = nn.ModuleList(new_block(d) if d else Unadapted() for d in visual.widths)
+        self.pools_tokens = asks_for.pools_tokens
         self.temporal_embedding = 0.0
         if asks_for.temporal_embedding:
             d = visual.widths[0]
@@ -112,6 +113,8 @@ class FrameModel(nn.Module):
 
     def mean_feature(self, tokens, batch):
         """The images' features, the mean of a clip's: (batch·n, L, d) → (batch, d_out)."""
+        if self.pools_tokens:
+            return self.visual.feature(tokens.unflatten(0, (batch, -1)).mean(dim=1))
         return self.visual.feature(tokens).unflatten(0, (batch, -1)).mean(dim=1)
 
 
@@ -213,6 +216,8 @@ def build_model(
     paths="both",
     position_scale=1.0,
     before="mha",
+    aim_scale=0.5,
+    aim_temporal_adapters=1,
 ):
     """A video classifier around a frozen image model: (B, T, 3, H, W) uint8 → (B, num_classes).
 
@@ -225,20 +230,23 @@ def build_model(
     check_method(method, paths, backbone)
     visual = load_image_model(backbone, pretrained, image_size)
     sizes = (num_classes, num_frames, spatial_frames)
-    options = {"dropout": dropout}
+    own_options = {
+        "dualpath": {"pre_attention_adapter": pre_attention_adapter, "serial_skip": serial_skip},
+        "vpt": {"patch_size": visual.patch_size[0]},
+        "st_adapter": {"before": before},
+        "aim": {"s": aim_scale, "temporal_adapters": aim_temporal_adapters},
+    }
+    options = {"dropout": dropout} | own_options.get(method, {})
     if bottleneck is not None:
         options["bottleneck"] = bottleneck
-    if method == "st_adapter":
-        options["before"] = before
+    Block = METHODS[method]
     try:
         if method == "dualpath":
-            options |= {"pre_attention_adapter": pre_attention_adapter, "serial_skip": serial_skip}
-            stages_differ = len(set(visual.widths)) > 1
-            Block = quarter_block if stages_differ and bottleneck is None else DualPathBlock
+            if len(set(visual.widths)) > 1 and bottleneck is None:
+                Block = quarter_block
             new_block = partial(Block, paths=paths, **options)
             model = DualPath(visual, new_block, *sizes, rows, cols, position_scale, paths)
         else:
-            Block = METHODS[method]
             new_block = partial(Block, frames=spatial_frames, **options)
             model = FrameModel(visual, new_block, *sizes, Block)
     except ValueError as error:
@@ -246,10 +254,6 @@ def build_model(
     model.config = config
     model.fingerprint = fingerprint(model.visual, interpolated=image_size is not None)
     return model.train()
-
-
-def quarter_block(d, **options):
-    return DualPathBlock(d, bottleneck=d // 4, **options)
 
 
 def check_method(method, paths, backbone):
@@ -260,19 +264,11 @@ def check_method(method, paths, backbone):
             f"paths is {paths!r}; it is both, spatial or temporal, and the last two are for"
             " dualpath alone"
         )
-    if not takes(method, backbone):
+    if METHODS[method].needs_class_token and not has_class_token(backbone):
         raise UserError(
             f"{method} needs a class token, which {backbone!r} has not: it takes ViTs that have"
             " one, such as ViT-B-16-quickgelu"
         )
-
-
-def takes(method, backbone):
-    """Does a method take an image model? That is built without memory, weights or a download."""
-    if not METHODS[method].needs_class_token:
-        return True
-    with torch.device("meta"):
-        return load_image_model(backbone, None).class_embedding is not None
 
 
 def load_checkpoint(path, backbone=None, pretrained=None):
@@ -340,9 +336,11 @@ def count(model):
 
 def variants(backbone, methods, frames):
     """(name, build_model's arguments) of the rows of the table, for the methods that take it."""
-    taken = [method for method in methods if takes(method, backbone)] or methods  # refused, then
-    left_out = [method for method in methods if method not in taken]
-    if left_out:
+    left_out = [method for method in methods if METHODS[method].needs_class_token]
+    taken = [method for method in methods if method not in left_out]
+    if has_class_token(backbone) or not taken:
+        taken = methods
+    elif left_out:
         print(f"{backbone} has no class token, which these need: {', '.join(left_out)}")
     rows = []
     for method in taken:

@@ -269,13 +269,15 @@ def naive_st_adapter(A, block, x, MHA, MLP):
 
 
 def naive_aim(A, block, x, MHA, MLP):
+    two = A.A_in is not None  # as theirs on Something-Something v2
     u, x = block.ln_1(x), x.clone()
+    u = u + A.A_in(u) if two else u
     for clip, token in itertools.product(range(0, len(x), 3), range(x.shape[1])):
         x[clip : clip + 3, token] += A.A_t(MHA(u[None, clip : clip + 3, token]))[0]
     h = MHA(block.ln_1(x))
     x = x + h + A.A_s(h)
     u = block.ln_2(x)
-    return x + MLP(u) + 0.5 * A.A_m(u)
+    return x + MLP(u) + (1 if two else 0.5) * A.A_m(u)
 
 
 @pytest.mark.parametrize("kind", ["plain", "layer scale", "custom"])
@@ -286,6 +288,7 @@ def naive_aim(A, block, x, MHA, MLP):
         ("adaptformer", naive_adaptformer, {}),
         ("protuning", naive_protuning, {}),
         ("aim", naive_aim, {}),
+        ("aim", naive_aim, {"s": 1, "temporal_adapters": 2}),
         ("st_adapter", naive_st_adapter, {"before": "mha"}),
         ("st_adapter", naive_st_adapter, {"before": "mlp"}),
         ("st_adapter", naive_st_adapter, {"before": "both"}),
@@ -314,6 +317,7 @@ def test_other_blocks_are_their_papers_equations(method, naive, options, kind):
         *[(method, {}) for method in PEERS if method not in STARTS_ELSEWHERE],
         ("st_adapter", {"before": "mlp"}),
         ("st_adapter", {"before": "both"}),
+        ("aim", {"temporal_adapters": 2}),
     ],
 )
 def test_other_blocks_start_as_the_image_models(method, options, kind):
@@ -331,6 +335,8 @@ def test_prompts_start_in_vpts_range_and_are_dropped_in_each_image_anew():
     bound = math.sqrt(6 / (3 * 16**2 + 768))
     assert vpt.prompt_embedding.shape == (50, 768)
     assert 0.99 * bound < vpt.prompt_embedding.abs().max() <= bound
+    tiny = build_model(**TINY | {"method": "vpt", "bottleneck": 100}).blocks[0].prompt_embedding
+    assert 0.99 * math.sqrt(6 / (3 * 8**2 + 128)) < tiny.abs().max() <= math.sqrt(6 / (192 + 128))
     vpt = adapters.VPTBlock(24, 3, bottleneck=4, dropout=0.5).double().train()
     y = vpt(block, tokens_of(1, 10).expand(2, -1, -1))
     assert not torch.allclose(y[0], y[1])
@@ -522,10 +528,23 @@ def test_shuffled_frames_change_what_knows_time_and_nothing_else(method):
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in STARTS_ELSEWHERE])
 def test_a_new_model_has_the_image_models_features(method):
     video = random_video()
+    frames = 1 if method == "st_adapter" else 4  # it averages tokens: of one frame, the same
     with torch.no_grad():  # in train mode, with dropout
-        got = build_model(**TINY, method=method).features(video)[0]
-        want = build_model(**TINY, method="linear").features(video)[0]
+        options = TINY | {"spatial_frames": frames}
+        got = build_model(**options, method=method).features(video)[0]
+        want = build_model(**options, method="linear").features(video)[0]
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("method", ["st_adapter", "aim"])
+def test_st_adapter_averages_tokens_and_the_others_features(method):
+    model = randomise(build_model(**TINY | {"method": method})).eval()
+    tokens = []
+    model.blocks[-1].register_forward_hook(lambda block, inputs, x: tokens.append(x[:, 0]))
+    got = model.features(random_video())[0]
+    x, visual = tokens[0].view(2, 4, -1), model.visual
+    want = visual.ln_post(x.mean(1) if method == "st_adapter" else x) @ visual.proj
+    torch.testing.assert_close(got, want if method == "st_adapter" else want.mean(1))
 
 
 def test_aim_knows_time_by_its_temporal_embedding_alone():

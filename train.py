@@ -61,6 +61,8 @@ RECIPES = {
         epochs=60,            # command
         erasing=0.1,          # code
         flip=False,           # code: labels name left and right
+        aim_scale=1,          # AIM's
+        aim_temporal_adapters=2,  # AIM's for ViT-B/16; 1 for ViT-L/14
         views=(1, 3),         # code
     ),
     "hmdb51": dict(
@@ -248,6 +250,8 @@ def set_up(args, world_size, device):
         paths=args.paths,
         position_scale=args.position_scale,
         before=args.before,
+        aim_scale=args.aim_scale,
+        aim_temporal_adapters=args.aim_temporal_adapters,
     )
     if resumed:
         if resumed["run"]["classes"] != videos.classes:

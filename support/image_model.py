@@ -48,6 +48,12 @@ def load_image_model(backbone, pretrained, image_size=None):
     return tower(load_plain_model(backbone, pretrained, image_size))
 
 
+def has_class_token(backbone):
+    """It is built to see, without memory, weights or a download."""
+    with torch.device("meta"):
+        return load_image_model(backbone, None).class_embedding is not None
+
+
 def load_plain_model(backbone, pretrained, image_size=None):
     """The same as the library's own module: normalised images (N, 3, H, W) → features."""
     if backbone in SWINS:

@@ -181,6 +181,8 @@ def add_model_options(add, methods):
         default="mha",
         help="where st_adapter has its adapters",
     )
+    add("--aim-scale", type=float, default=0.5, metavar="X", help="of its adapter beside the MLP")
+    add("--aim-temporal-adapters", type=int, choices=(1, 2), default=1, help="2: before MHA, too")
     add("--dropout", type=number(0, 1), default=0.1, metavar="P", help="in the adapters")
     add(
         "--position-scale",
