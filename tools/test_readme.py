@@ -21,7 +21,9 @@ README = script("README.md")
 DOCS = sorted(glob.glob(script("docs/*.md")))
 PAGES = [README, *DOCS]
 SCRIPTS = ["train", "evaluate", "model"]
-SCRIPTS += [f"tools.{name}" for name in ("cost", "look", "check_data", "copy_data", "reading")]
+SCRIPTS += [
+    f"tools.{name}" for name in ("compare", "cost", "look", "check_data", "copy_data", "reading")
+]
 ELSEWHERE = set(  # torchrun's and Slurm's
     "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max-restarts --standalone"
     " --signals-to-handle --nodes --ntasks-per-node --gpus-per-node --signal".split()
