@@ -129,7 +129,7 @@ class FrameBlock(nn.Module):
     pools_tokens = False  # are the frames' tokens averaged, rather than their features?
     trains_image_model = False
     temporal_embedding = False  # a trained vector for each frame is added to its tokens
-    needs_class_token = False  # does it take image models that have one alone?
+    needs_class_token = False  # are image models without one refused?
 
     def __init__(self, d, frames, bottleneck=None, dropout=0.1):
         super().__init__()
@@ -328,25 +328,29 @@ def LN(norm, x):
 
 def MHA(block, x):
     """The frozen attention of an open_clip block, its layer scale (and extra norm) included."""
-    if not hasattr(block, "attention"):  # open_clip's other kind of block does the same by itself
+    if not hasattr(block, "attention"):  # other kinds of block do the same by themselves
         return block.ls_1(block.ln_attn(block.attn(x)))
     inference = x.device.type == "cpu" and not torch.is_grad_enabled()
     if inference and not torch.compiler.is_compiling():
         return block.ls_1(block.attention(x))  # nn.MultiheadAttention's own kernel is the fastest
-    return attend(block, F.linear(x, block.attn.in_proj_weight, block.attn.in_proj_bias))
+    return attend(block, project(block, x))
 
 
-def attend(block, qkv):
-    """Attention from its projections on: (images, L, 3d) → (images, L, d).
-
-    In training nn.MultiheadAttention copies q, k and v to rearrange them; this takes them where
-    they are. open_clip's other kind of block does more than this, and is refused.
-    """
+def project(block, x):
+    """The frozen projections of x to q, k and v: (images, L, d) → (images, L, 3d)."""
     if not hasattr(block, "attention"):
         raise UserError(
             "this method changes the projection to q, k and v, which the blocks of this backbone"
             " do in a way of their own: take another backbone"
         )
+    return F.linear(x, block.attn.in_proj_weight, block.attn.in_proj_bias)
+
+
+def attend(block, qkv):
+    """Attention from its projections on: (images, L, 3d) → (images, L, d).
+
+    Without the copies of q, k and v that nn.MultiheadAttention makes in training.
+    """
     qkv = qkv.unflatten(-1, (3, block.attn.num_heads, -1))  # (images, L, 3, heads, d / heads)
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (images, heads, L, d / heads)
     h = F.scaled_dot_product_attention(q, k, v)

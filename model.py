@@ -26,18 +26,18 @@ class FrameModel(nn.Module):
     """T_s frames, each an ordinary image; their class features averaged; a linear head on them.
 
     visual: the image model (support/towers.py). new_block(d): what goes around one of its blocks
-    (adapters.py). asks_for: the class of that, whose flags say what it needs.
+    (adapters.py). block_class: the class of these, whose flags say what else the method needs.
     """
 
     spatial, temporal = True, False  # the paths that there are
 
     def __init__(
-        self, visual, new_block, num_classes, num_frames, spatial_frames, asks_for=FrameBlock
+        self, visual, new_block, num_classes, num_frames, spatial_frames, block_class=FrameBlock
     ):
         super().__init__()
         check_divides("the number of frames", num_frames, spatial_frames)
         check_divides("the image size", visual.image_size[0], visual.patch_size[0])
-        self.visual = visual.requires_grad_(asks_for.trains_image_model)
+        self.visual = visual.requires_grad_(block_class.trains_image_model)
         self.num_frames, self.spatial_frames = num_frames, spatial_frames
         self.images = spatial_frames  # that a clip costs
         self.checkpoint_activations = False
@@ -46,9 +46,9 @@ class FrameModel(nn.Module):
             self.register_buffer(name, pixels, persistent=False)
         self.head = nn.Linear(visual.output_dim, num_classes)
         self.blocks = nn.ModuleList(new_block(d) if d else Unadapted() for d in visual.widths)
-        self.pools_tokens = asks_for.pools_tokens
+        self.pools_tokens = block_class.pools_tokens
         self.temporal_embedding = 0.0
-        if asks_for.temporal_embedding:
+        if block_class.temporal_embedding:
             d = visual.widths[0]
             self.temporal_embedding = nn.Parameter(torch.zeros(spatial_frames, 1, d))
 

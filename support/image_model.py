@@ -147,10 +147,9 @@ def check_backbone(name):
         fits = not convolutional and not pools
     if not fits:
         raise UserError(
-            f"backbone {name!r} has no class token to read, and is none of the others that adapters"
-            " fit around (it is convolutional, has rotary positions or other tokens, or pools in a"
-            " way of its own): take an open_clip ViT, such as ViT-B-16-quickgelu or"
-            " ViT-B-16-SigLIP2, or torchvision's swin_b"
+            f"backbone {name!r} is not supported: it is convolutional, has rotary positions or"
+            " other tokens, or pools in a way of its own; take an open_clip ViT, such as"
+            " ViT-B-16-quickgelu or ViT-B-16-SigLIP2, or torchvision's swin_b"
         )
 
 

@@ -175,15 +175,32 @@ def add_model_options(add, methods):
         metavar="N",
         help="width of the adapters; of vpt, number of prompts (the method's own)",
     )
+    add("--dropout", type=number(0, 1), default=0.1, metavar="P", help="in the adapters")
+    add_method_options(add)
+
+
+def add_method_options(add):
+    """What one method alone has."""
     add(
         "--before",
         choices=("mha", "mlp", "both"),
         default="mha",
         help="where st_adapter has its adapters",
     )
-    add("--aim-scale", type=float, default=0.5, metavar="X", help="of its adapter beside the MLP")
-    add("--aim-temporal-adapters", type=int, choices=(1, 2), default=1, help="2: before MHA, too")
-    add("--dropout", type=number(0, 1), default=0.1, metavar="P", help="in the adapters")
+    add(
+        "--aim-scale",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="weight of AIM's adapter parallel to the MLP",
+    )
+    add(
+        "--aim-temporal-adapters",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="AIM: 2 adds one before the attention over frames",
+    )
     add(
         "--position-scale",
         type=float,

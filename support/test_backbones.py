@@ -324,7 +324,6 @@ def test_weights_and_costs(name, tuned, gmacs):
         with torch.device("meta"):
             cost = count(build_model(backbone=name, pretrained=None, num_frames=frames))
         assert cost["tuned M"] == pytest.approx(tuned, abs=0.005)
-        assert cost["GMACs/view"] == pytest.approx(gmacs[(16, 32, 48).index(frames)], abs=0.05)
         assert cost["GMACs/view"] == pytest.approx(want, abs=0.05)
 
 
@@ -390,7 +389,7 @@ def test_what_is_no_plain_vit_is_refused_before_a_download(name, monkeypatch):
         return original(*args, load_weights=load_weights, **options)
 
     monkeypatch.setattr(open_clip, "create_model", without_weights)
-    with pytest.raises(UserError, match=f"{name}.* has no class token to read.*rotary.*swin_b"):
+    with pytest.raises(UserError, match=f"{name}.* is not supported.*rotary.*swin_b"):
         build_model(backbone=name, pretrained="laion2b_s8b_b131k")
 
 

@@ -42,8 +42,8 @@ def offline(monkeypatch):
         ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", "with GELU.*--backbone ViT-B-16$"),
         ("ViT-B-16", "nonsense", "nonsense.*openai"),
         ("ViT-B-61", "openai", "ViT-B-16"),
-        ("RN50", "openai", "class token"),
-        ("coca_ViT-B-32", "laion2b_s13b_b90k", "class token"),
+        ("RN50", "openai", "not supported"),
+        ("coca_ViT-B-32", "laion2b_s13b_b90k", "not supported"),
         ("local-dir:/no/where", "openai", "/no/where"),
     ],
 )

@@ -79,7 +79,7 @@ MODEL_MISTAKES = [
     (["--size", "100"], "100.*96 or 104"),
     (["--method", "aim", "--paths", "spatial"], "paths is 'spatial'; it is both"),
     (["--backbone", "ViT-B16"], "no model 'ViT-B16'; near: ViT-B-16"),
-    (["--backbone", "RN50"], "'RN50' has no class token"),
+    (["--backbone", "RN50"], "'RN50' is not supported: it is conv"),
     (
         ["--backbone", "ViT-B-16"],
         "'openai' were trained with QuickGELU, .* --backbone ViT-B-16-quickgelu",
@@ -172,7 +172,7 @@ def test_without_a_compiler_there_is_a_sentence(micro, tmp_path, monkeypatch):
         ("evaluate", ["run/best.pt", "--data", "hmdb51"], "data/hmdb51 is not there"),
         ("evaluate", ["run/best.pt", "--predictions", "/no/where/a.csv"], "/no/where/a.csv"),
         ("evaluate", ["run/best.pt", "a.mp4", "--predictions", "a.csv"], "for a data set, not for"),
-        ("evaluate", ["run/best.pt", "--backbone", "RN50"], "'RN50' has no"),
+        ("evaluate", ["run/best.pt", "--backbone", "RN50"], "'RN50' is not supported"),
         ("evaluate", ["run/best.pt", "--views", "3"], "'3' is not CLIPSxCROPS"),
         ("evaluate", ["run/best.pt", "--batch", "0"], "'0' is not a whole number from 1"),
         ("grid", [], "usage"),

@@ -78,8 +78,8 @@ class Swin(nn.Module):
     framesets' tokens behind the LayerNorm of the patch embedding.
 
     What do windows see of a frameset? At 224 px, a little frame of 56 px has 14 x 14 tokens in
-    stage 1 and 7 x 7 in stage 2, so an unshifted window lies within one moment there, and shifted
-    ones alone mix neighbours: left and right are the moments before and after, above and below
+    stage 1 and 7 x 7 in stage 2, so an unshifted window lies within one moment there, and only
+    shifted ones mix neighbours: left and right are the moments before and after, above and below
     those 4 away. In stage 3 a window covers 2 x 2 little frames, in stage 4 all 16.
 
     Amplitude of p^TP: LayerNorm gives tokens with an RMS of 1 where its weight is 1, as at random;

@@ -3,8 +3,8 @@
     python -m tools.compare --data list --root 'ut/fold*' --method dualpath aim linear --seed 0 1 \\
         --set linear lr=0.1 --jobs 2 --results results -- --epochs 20 --views 1x1
 
-What stands behind -- are options of train.py for all runs. Several roots are folds of one set,
-whose validation videos are pooled. A row can be a variant of a method:
+What follows -- is passed to train.py, in all runs. Several roots are folds of one data set, whose
+validation videos are pooled. A row can be a variant of a method:
 
     --method dualpath spatial=dualpath --set spatial 'paths=spatial lr=0.01'
 
@@ -14,13 +14,12 @@ read first: with that folder a comparison goes on in another checkout.
 """
 
 import argparse
-import csv
 import glob
 import os
+import re
 import shlex
 import sys
 import time
-from statistics import mean
 
 import train
 from adapters import METHODS
@@ -28,60 +27,81 @@ from support import options
 from support.errors import UserError, one_sentence
 from support.layouts import digest, find_videos
 from support.processes import on_signals
+from support.tables import write_table
 from tools.jobs import Job, Runner, cores_each, is_done
-from tools.results import (
-    accuracy,
-    among,
-    paired_difference,
-    pool,
-    read_result,
-    top1,
-    with_deviation,
-    without,
-)
+from tools.results import accuracy, group_of, table_of
 
 
 # ---------------------------------------------------------------- which runs there are
-def own_options(text):
-    """'lr=0.05 paths=spatial serial-skip' → ['--lr', '0.05', '--paths', 'spatial', …]"""
-    words = []
-    for part in shlex.split(text):
-        name, equals, value = part.partition("=")
-        words.append(f"--{name.replace('_', '-')}")
-        if equals:
-            words.append(value)
-    return words
+def find_folds(args):
+    """({root: its Videos}, the folder that holds all roots)."""
+    roots = []
+    for pattern in args.root or [os.path.join("data", args.data)]:
+        roots += sorted(glob.glob(pattern)) or [pattern]
+    split = train.parse(["--data", args.data, *args.options]).split
+    folds = {root: find_videos(args.data, root, split) for root in roots}
+    return folds, os.path.commonpath([os.path.abspath(root) for root in roots])
 
 
-def plan(args, folds):
-    """All jobs, one seed after the other, so that whole rows come early. folds: {root: Videos}."""
+def check_questions(args, folds, base):
+    """UserError if the table could not be made: better now than after the training."""
+    classes = next(iter(folds.values())).classes
+    seen = set()
+    for root, videos in folds.items():
+        if videos.classes != classes:
+            raise UserError(f"{root} has other classes than the first root: they are no folds")
+        paths = {os.path.relpath(path, base) for path, _ in videos.val}
+        twice = seen & paths
+        if twice:
+            raise UserError(f"{min(twice)} is validated in two folds, and may count once")
+        seen |= paths
+    for path in sorted(seen) if args.group else []:
+        if group_of(path, args.group) is None:
+            raise UserError(f"--group {args.group.pattern} finds nothing in {path}")
+    if args.leave_out and all(map(args.leave_out.search, seen)):
+        raise UserError(f"--leave-out {args.leave_out.pattern} leaves no video")
+    listed = sorted(name for names in args.among or [] for name in names)
+    if listed and (listed != sorted(classes) or len(listed) > 5):  # of which the scores are kept
+        raise UserError(
+            f"--among names {', '.join(listed)}; it must name each class once, of five at most:"
+            f" {', '.join(classes)}"
+        )
+
+
+def plan(args, folds, base):
+    """All jobs, one seed after the other, so that whole rows come early."""
     jobs = []
-    workers = cores_each(args.jobs) - 1  # besides the process that trains
     for seed in args.seed:
         for root, videos in folds.items():
             for row, method in args.method:
-                name = f"{row}-{os.path.basename(os.path.normpath(root))}-s{seed}"
-                words = ["--data", args.data, "--root", root, "--method", method]
-                words += ["--seed", str(seed), "--workers", str(workers)]
-                words += args.options + args.own.get(row, [])
-                limit = train.parse(words).limit
-                result = os.path.join(args.results, name)
-                job = Job(
-                    row,
-                    seed,
-                    root,
-                    words,
-                    digest(videos.train[:limit]),
-                    os.path.join(args.runs, name),
-                    f"{result}.csv",
-                    f"{result}.shuffled.csv" if args.shuffled else None,
-                )
-                jobs.append(job)
+                jobs.append(new_job(args, row, method, seed, root, videos, base))
     names = [job.name for job in jobs]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise UserError(f"two runs would be called {min(twice)}: give rows and roots own names")
+        raise UserError(
+            f"two runs would be called {min(twice)}: seeds, rows and the last folders of roots must"
+            " differ"
+        )
     return jobs
+
+
+def new_job(args, row, method, seed, root, videos, base):
+    words = ["--workers", str(cores_each(args.jobs) - 1)]  # besides the process that trains
+    words += ["--data", args.data, "--root", root, "--method", method, "--seed", str(seed)]
+    for_all = train.parse(words + args.options)
+    words += args.options + args.row_options.get(row, [])
+    parsed = train.parse(words)
+    planned = {"data": args.data, "root": root, "method": method, "seed": seed}
+    for name, value in (planned | {"split": for_all.split}).items():
+        if getattr(parsed, name) != value:
+            raise UserError(f"--{name} of {row} must be {value}, not {getattr(parsed, name)}")
+    name = f"{row}-{os.path.basename(os.path.normpath(root))}-s{seed}"
+    result = os.path.join(args.results, name)
+    shuffled = f"{result}.shuffled.csv" if args.shuffled else None
+    lists = {"training": videos.train, "validation": videos.val}
+    digests = {kind: digest(samples[: parsed.limit]) for kind, samples in lists.items()}
+    folder = os.path.join(args.runs, name)
+    return Job(row, seed, words, base, digests, folder, f"{result}.csv", shuffled)
 
 
 def run_all(jobs, jobs_at_once):
@@ -100,77 +120,8 @@ def run_all(jobs, jobs_at_once):
     return failures
 
 
-# ---------------------------------------------------------------- the table
-def pooled_seeds(jobs, path_of):
-    """[answers of one seed over all folds], of the seeds whose folds are all there."""
-    seeds = {}
-    for job in jobs:
-        seeds.setdefault(job.seed, []).append(path_of(job))
-    whole = [paths for paths in seeds.values() if all(map(os.path.exists, paths))]
-    return [pool(map(read_result, paths)) for paths in whole]
-
-
-def percentages(seeds, is_right=top1):
-    return [100 * accuracy(answers, is_right) for answers in seeds]
-
-
-def table_of(jobs, args):
-    """A row for each method, as dicts; a method whose runs are not there yet has none."""
-    rows, first = [], None
-    for name, _ in args.method:
-        own = [job for job in jobs if job.row == name]
-        seeds = pooled_seeds(own, lambda job: job.result)
-        if not seeds:
-            continue
-        abouts = [read_result(job.result).about for job in own if os.path.exists(job.result)]
-        row = {
-            "method": name,
-            "top-1, %": with_deviation(percentages(seeds)),
-            "each seed": ", ".join(f"{p:.1f}" for p in percentages(seeds)),
-        }
-        if args.leave_out:
-            fewer = [without(answers, args.leave_out) for answers in seeds]
-            row["without the left-out"] = with_deviation(percentages(fewer))
-        if args.among:
-            row["within its classes"] = with_deviation(percentages(seeds, among(args.among)))
-        if args.shuffled:
-            shuffled = pooled_seeds(own, lambda job: job.shuffled)
-            row["shuffled"] = with_deviation(percentages(shuffled))
-            if args.among:
-                within = percentages(shuffled, among(args.among))
-                row["shuffled, within its classes"] = with_deviation(within)
-        if first is None:
-            first, minuend, difference = seeds, f"{name} minus it", "–"
-        else:
-            points, (low, high) = paired_difference(first, seeds, args.group)
-            difference = f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
-        row |= {
-            minuend: difference,
-            "tuned weights": f"{abouts[0]['tuned']:,}",
-            "GMACs": f"{abouts[0]['gmacs']:.4g}",
-            "s/epoch": f"{mean(about['seconds_per_epoch'] for about in abouts):.3g}",
-        }
-        rows.append(row)
-    return rows
-
-
-def write_table(rows, folder):
-    """table.md and table.csv; the former is printed, too."""
-    if not rows:
-        return
-    lines = [list(rows[0]), ["---"] * len(rows[0])] + [list(row.values()) for row in rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    with open(os.path.join(folder, "table.md"), "w") as file:
-        file.write(text)
-    with open(os.path.join(folder, "table.csv"), "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    print(text, end="")
-
-
 # ---------------------------------------------------------------- as a script
-def row(text):
+def method_row(text):
     """METHOD, or NAME=METHOD for a variant → (name, method)."""
     name, _, method = text.rpartition("=")
     if method not in METHODS:
@@ -179,13 +130,31 @@ def row(text):
     return name or method, method
 
 
-def names(text):
+def expression(text):
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
+def class_names(text):
     return [name.strip() for name in text.split(",")]
+
+
+def words_of(text):
+    """'lr=0.05 paths=spatial serial-skip' → ['--lr', '0.05', '--paths', 'spatial', …]"""
+    words = []
+    for part in shlex.split(text):
+        name, equals, value = part.partition("=")
+        words.append(f"--{name.replace('_', '-')}")
+        if equals:
+            words.append(value)
+    return words
 
 
 def parse(argv):
     argv = sys.argv[1:] if argv is None else argv
-    split = argv.index("--") if "--" in argv else len(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(
         prog="python -m tools.compare",
         formatter_class=options.HelpLines,
@@ -193,63 +162,47 @@ def parse(argv):
     )
     add, whole = parser.add_argument, options.at_least(1)
     add("--data", default="demo", metavar="NAME", help="as train.py's")
-    add("--root", nargs="+", metavar="DIR", help="where it is; several, or a pattern: folds")
-    add("--method", nargs="+", type=row, required=True, metavar="[ROW=]METHOD", help="the rows")
-    add("--set", nargs=2, action="append", default=[], metavar=("ROW", "'lr=X …'"), help="its own")
-    add("--seed", nargs="+", type=int, default=[0], metavar="N", help="seeds of each")
+    add("--root", nargs="+", metavar="DIR", help="where it is; several, or a pattern, are folds")
+    add("--method", nargs="+", type=method_row, required=True, metavar="[ROW=]METHOD", help="rows")
+    own = "options of train.py for this row alone"
+    add("--set", nargs=2, action="append", default=[], metavar=("ROW", "'lr=X …'"), help=own)
+    add("--seed", nargs="+", type=int, default=[0], metavar="N", help="seeds of each row")
     add("--jobs", type=whole, default=1, metavar="N", help="runs at once; they share the cores")
     add("--runs", default="runs/compare", metavar="DIR", help="folder of the runs' folders")
-    add("--results", default="results", metavar="DIR", help="folder of what they predict")
-    add("--group", metavar="REGEX", help="what in a path is of the videos to be resampled as one")
-    add("--leave-out", metavar="REGEX", help="also top-1 without the videos of such paths")
+    add("--results", default="results", metavar="DIR", help="of predictions and the table")
+    add("--group", type=expression, metavar="REGEX", help="in a path: names what is resampled")
+    left = "also top-1 without the videos in whose paths it finds something"
+    add("--leave-out", type=expression, metavar="REGEX", help=left)
     add("--shuffled", action="store_true", help="also top-1 on clips with shuffled frames")
-    among = "also top-1 where only the classes of the label's own set can be the answer"
-    add("--among", nargs="+", type=names, metavar="CLASS,CLASS", help=among)
-    args = parser.parse_args(argv[:split])
-    args.options = argv[split + 1 :]
-    args.own = {}
+    sets = "also top-1 where the answer must be in the label's own set of classes: a,b c,d"
+    add("--among", nargs="+", type=class_names, metavar="CLASS,CLASS", help=sets)
+    args = parser.parse_args(argv[:end])
+    args.options, args.row_options = argv[end + 1 :], {}
     for name, text in args.set:
-        args.own.setdefault(name, []).extend(own_options(text))
-    unknown = args.own.keys() - {name for name, _ in args.method}
+        args.row_options.setdefault(name, []).extend(words_of(text))
+    unknown = args.row_options.keys() - {name for name, _ in args.method}
     if unknown:
         parser.error(f"--set {min(unknown)}: there is no such row in --method")
     return args
-
-
-def find_folds(args):
-    """{root: its Videos}; UserError if the options ask for what their classes do not allow."""
-    roots = []
-    for pattern in args.root or [os.path.join("data", args.data)]:
-        roots += sorted(glob.glob(pattern)) or [pattern]
-    split = train.parse(["--data", args.data, *args.options]).split
-    folds = {root: find_videos(args.data, root, split) for root in roots}
-    for root, videos in folds.items():
-        if videos.classes != folds[roots[0]].classes:
-            raise UserError(f"{root} has other classes than {roots[0]}: they are no folds")
-    listed = sorted(name for part in args.among or [] for name in part)
-    if listed and (listed != sorted(videos.classes) or len(listed) > 5):
-        raise UserError(
-            f"--among names {', '.join(listed)}; it must name each class once, of five at most:"
-            f" {', '.join(videos.classes)}"
-        )
-    return folds
 
 
 def main(argv=None):
     """Returns 1 if a run failed."""
     args = parse(argv)
     with one_sentence("compare.py"), on_signals(sys.exit):
-        jobs = plan(args, find_folds(args))
+        folds, base = find_folds(args)
+        check_questions(args, folds, base)
+        jobs = plan(args, folds, base)
         todo = [job for job in jobs if not is_done(job)]
         print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them done", flush=True)
         os.makedirs(args.results, exist_ok=True)
         try:
             failures = run_all(todo, args.jobs)
         finally:
-            write_table(table_of(jobs, args), args.results)
-    for sentence in failures:
-        print(f"failed: {sentence}", file=sys.stderr)
-    return int(bool(failures))
+            write_table(table_of(jobs, args), os.path.join(args.results, "table"))
+        for sentence in failures:
+            print(f"failed: {sentence}", file=sys.stderr)
+        return int(bool(failures))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Runs of train.py, several at once, each tested after its last epoch: what tools.compare does."""
 
 import concurrent.futures
+import fcntl
 import json
 import os
 import queue
@@ -26,9 +27,9 @@ class Job(NamedTuple):
 
     row: str  # of the table
     seed: int
-    root: str  # of the data
     words: list  # train.py's, without --out and --resume
-    train_digest: str  # of the training videos
+    base: str  # the folder that paths of videos are relative to in its results
+    digests: dict  # of its training and its validation videos
     folder: str  # the run's
     result: str  # the file of its predictions
     shuffled: str | None  # likewise, with shuffled frames; None if that is not asked for
@@ -56,13 +57,16 @@ def is_done(job):
         if not os.path.exists(path):
             return False
         about = read_result(path).about
-        was = learned_from(["--data", settings["data"]]) | about["settings"]  # options may be young
+        defaults = learned_from(["--data", settings["data"]])  # for options added since
+        was = defaults | about["settings"]
         differ = [f"{name} {was[name]}" for name, value in settings.items() if was[name] != value]
-        if about["train_digest"] != job.train_digest:
-            differ.append("other training videos")
+        for name, digest in job.digests.items():
+            if about["digests"][name] != digest:
+                differ.append(f"other {name} videos")
         if differ:
             raise UserError(
-                f"{path} is of a run with {', '.join(differ)}: delete it, or take other --results"
+                f"{path} is of a run with {', '.join(differ)}: delete it and {job.folder}, or"
+                " choose other --results and --runs"
             )
     return True
 
@@ -76,7 +80,7 @@ def about_run(job):
         seconds = [json.loads(line)["seconds"] for line in file]
     return {
         "settings": learned_from(job.words),
-        "train_digest": job.train_digest,
+        "digests": job.digests,
         "tuned": round(1e6 * counts["tuned M"]),
         "gmacs": round(counts["GMACs/view"], 4),
         "seconds_per_epoch": median(seconds),
@@ -95,11 +99,10 @@ class Runner:
     """
 
     def __init__(self, jobs_at_once):
-        self.places = queue.SimpleQueue()  # of those at once; each has a GPU, if there are several
-        for place in range(jobs_at_once):
-            self.places.put(place)
-        self.env = os.environ | {"PYTHONPATH": CHECKOUT}
-        self.env["OMP_NUM_THREADS"] = str(cores_each(jobs_at_once))
+        self.slots = queue.SimpleQueue()  # the free ones; each has a GPU, if there are several
+        for slot in range(jobs_at_once):
+            self.slots.put(slot)
+        self.threads = cores_each(jobs_at_once)
         self.pool = concurrent.futures.ThreadPoolExecutor(jobs_at_once)
         self.running, self.stopped = set(), False
 
@@ -116,45 +119,51 @@ class Runner:
         """Yield (job, its Result or None, what went wrong or None), as each ends."""
         futures = {self.pool.submit(self.do, job): job for job in jobs}
         for future in concurrent.futures.as_completed(futures):
+            job, result = futures[future], None
             try:
-                yield futures[future], future.result(), None
-            except (UserError, OSError) as error:
-                yield futures[future], None, error
+                about = about_run(job) if future.exception() is None else None
+                for path, answers in future.result().items():
+                    result = Result(about, answers)
+                    write_result(path, result)
+                yield job, result, None
+            except Exception as error:  # whatever it is, the other jobs go on
+                yield job, None, error
 
     def do(self, job):
-        """Train, test, and write the results."""
-        place = self.places.get()
+        """Train and test → {file of a result: its answers}; the last one is of ordinary clips."""
+        slot, tested = self.slots.get(), {}
         try:
             os.makedirs(os.path.dirname(job.folder), exist_ok=True)
-            self.call(job, place, "train.py", *job.words, "--out", job.folder, "--resume")
+            self.call(job, slot, "train.py", *job.words, "--out", job.folder, "--resume")
             if job.shuffled:
-                self.test(job, place, "shuffled", job.shuffled)
-            return self.test(job, place, "evaluate.py", job.result)
+                tested[job.shuffled] = self.test(job, slot, "tools/shuffled.py")
+            tested[job.result] = self.test(job, slot, "evaluate.py")
+            return tested
         finally:
-            self.places.put(place)
+            self.slots.put(slot)
 
-    def test(self, job, place, script, path):
-        """Write a result of a finished run, and give it back."""
+    def test(self, job, slot, script):
+        """The answers of a trained model."""
         options, predictions = train.parse(job.words), os.path.join(job.folder, "predictions.csv")
-        command = [script, os.path.join(job.folder, "last.pt"), "--predictions", predictions]
-        command += ["--workers", str(options.workers), "--device", options.device]
-        self.call(job, place, *command, "--amp", options.amp)
-        result = Result(about_run(job), read_predictions(predictions, job.root))
-        write_result(path, result)
-        return result
+        words = [os.path.join(job.folder, "last.pt"), "--predictions", predictions]
+        words += ["--workers", str(options.workers), "--device", options.device]
+        self.call(job, slot, script, *words, "--amp", options.amp)
+        return read_predictions(predictions, job.base)
 
-    def call(self, job, place, script, *words):
+    def call(self, job, slot, script, *words):
         """Run one of our scripts; UserError with its last line if it fails."""
-        if script.endswith(".py"):
-            command = [os.path.join(CHECKOUT, script), *words]
-        else:
-            command = ["-m", f"tools.{script}", *words]
-        env = dict(self.env)
-        if torch.cuda.device_count() > 1:
-            env["CUDA_VISIBLE_DEVICES"] = str(place % torch.cuda.device_count())
+        command = [sys.executable, os.path.join(CHECKOUT, script), *words]
         path = f"{job.folder}.txt"
         with open(path, "a") as log:
-            process = subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=log)
+            try:  # the process inherits the lock, and keeps it if this one is killed
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is at work on {job.folder}: wait for it"
+                ) from error
+            start = log.tell()
+            env = self.environment(slot)
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         self.running.add(process)
         if self.stopped:
             process.terminate()
@@ -163,6 +172,25 @@ class Runner:
         if self.stopped:
             raise Stopped
         if status:
-            with open(path, errors="replace") as log:
-                lines = [line.strip() for line in log if line.strip()]
-            raise UserError(f"{lines[-1] if lines else f'status {status}'} (more in {path})")
+            raise UserError(f"{last_words(path, start, status)} (more in {path})")
+
+    def environment(self, slot):
+        """A process's share of the machine; several GPUs are given out in turn."""
+        mine = os.environ.get("PYTHONPATH")
+        env = os.environ | {"PYTHONPATH": f"{CHECKOUT}{os.pathsep}{mine}" if mine else CHECKOUT}
+        env["OMP_NUM_THREADS"] = str(self.threads)
+        gpus = torch.cuda.device_count()
+        if gpus > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
+        return env
+
+
+def last_words(path, start, status):
+    """Why a process has failed; it wrote to the file from byte `start` on."""
+    if status < 0:
+        return f"ended by signal {-status}"
+    with open(path, errors="replace") as log:
+        log.seek(start)
+        lines = [line.strip() for line in log if line.strip()]
+    return lines[-1] if lines else f"ended with status {status}"

@@ -1,7 +1,7 @@
 """Predictions of finished runs as small files, and what several of them come to.
 
 A file is a CSV, a line a video, behind a first line `# {...}` in JSON with what the run was: its
-settings, digest of its training videos, tuned weights, multiply-accumulates and seconds.
+settings, digests of its videos, tuned weights, multiply-accumulates and seconds.
 """
 
 import csv
@@ -19,7 +19,7 @@ RESAMPLES = 10_000  # of a bootstrap
 
 
 class Result(NamedTuple):
-    """A finished run: `about` is its first line's, answers is {video: (label, {class: score})}.
+    """A finished run. about: what the first line says. answers: {video: (label, {class: score})}.
 
     The scores are of the likeliest classes, at most five, the likeliest first.
     """
@@ -28,18 +28,17 @@ class Result(NamedTuple):
     answers: dict
 
 
-def read_predictions(path, folder=None):
-    """The answers in a CSV of evaluate.py's --predictions; folder: the paths become relative to it.
-
-    A first line that begins with # is passed over.
-    """
+def read_predictions(path, base=None):
+    """The answers in a CSV of evaluate.py's --predictions; base: paths become relative to it."""
     answers = {}
     with open(path, newline="", errors="surrogateescape") as file:
-        lines = csv.reader(line for line in file if not line.startswith("#"))
+        if not file.readline().startswith("# "):
+            file.seek(0)
+        lines = csv.reader(file)
         next(lines)
         for video, label, *cells in lines:
-            if folder is not None:
-                video = os.path.relpath(video, folder)
+            if base is not None:
+                video = os.path.relpath(video, base)
             scores = {c: float(score) for c, score in zip(cells[::2], cells[1::2])}
             answers[video] = (label, scores)
     return answers
@@ -48,7 +47,7 @@ def read_predictions(path, folder=None):
 def read_result(path):
     try:
         with open(path, errors="surrogateescape") as file:
-            about = json.loads(file.readline().removeprefix("#"))
+            about = json.loads(file.readline().removeprefix("# "))
         return Result(about, read_predictions(path))
     except (ValueError, StopIteration) as error:
         raise UserError(f"{path} is no result of a run ({error}): delete it") from error
@@ -77,29 +76,23 @@ def among(classes):
 
     def is_right(label, scores):
         [own] = [names for names in classes if label in names]
-        own_scores = {name: scores[name] for name in own if name in scores}
+        own_scores = {name: score for name, score in scores.items() if name in own}
         return top1(label, own_scores)
 
     return is_right
 
 
 def pool(results):
-    """The answers of the folds of one data set, each video counted once."""
+    """The answers of the folds of one data set."""
     answers = {}
     for result in results:
-        twice = answers.keys() & result.answers.keys()
-        if twice:
-            raise UserError(f"{min(twice)} is validated in two folds, and may count once")
         answers |= result.answers
     return answers
 
 
 def without(answers, pattern):
     """The answers of the videos in whose paths a regular expression finds nothing."""
-    kept = {video: answer for video, answer in answers.items() if not re.search(pattern, video)}
-    if not kept:
-        raise UserError(f"--leave-out {pattern} leaves no video")
-    return kept
+    return {video: answer for video, answer in answers.items() if not re.search(pattern, video)}
 
 
 def accuracy(answers, is_right=top1):
@@ -116,16 +109,14 @@ def with_deviation(percentages):
 
 # ---------------------------------------------------------------- differences
 def group_of(video, pattern):
-    """The part of a video's path that a regular expression finds: its last group, else the whole.
+    """What a regular expression finds in a video's path: its groups, if it has any, else all.
 
-    Without one each video is a group.
+    Without an expression each video is a group of its own.
     """
     if pattern is None:
         return video
     found = re.search(pattern, video)
-    if found is None:
-        raise UserError(f"--group {pattern} finds nothing in {video}")
-    return found[found.lastindex or 0]
+    return found and (found.groups() or found[0])
 
 
 def paired_difference(seeds, other_seeds, pattern=None):
@@ -141,7 +132,76 @@ def paired_difference(seeds, other_seeds, pattern=None):
         differences.setdefault(group_of(video, pattern), []).append(own - other)
     sums = np.array([sum(group) for group in differences.values()])
     sizes = np.array([len(group) for group in differences.values()])
-    drawn = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
-    resampled = 100 * sums[drawn].sum(1) / sizes[drawn].sum(1)
+    rng, resampled = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(len(sums), size=len(sums))
+        resampled.append(100 * sums[drawn].sum() / sizes[drawn].sum())
     low, high = np.quantile(resampled, (0.025, 0.975))
     return 100 * sums.sum() / sizes.sum(), (low, high)
+
+
+# ---------------------------------------------------------------- the table
+def pooled_seeds(jobs, path_of):
+    """{seed: answers over all folds}, of the seeds whose folds are all there."""
+    paths = {}
+    for job in jobs:
+        paths.setdefault(job.seed, []).append(path_of(job))
+    whole = {seed: own for seed, own in paths.items() if all(map(os.path.exists, own))}
+    return {seed: pool(map(read_result, own)) for seed, own in whole.items()}
+
+
+def percentages(seeds, is_right=top1):
+    return [100 * accuracy(answers, is_right) for answers in seeds.values()]
+
+
+def accuracies(jobs, seeds, args):
+    """The columns that say how often a row's answers are right."""
+    columns = {
+        "top-1, %": with_deviation(percentages(seeds)),
+        "each seed": ", ".join(f"{p:.1f}" for p in percentages(seeds)),
+    }
+    if args.leave_out:
+        fewer = {seed: without(answers, args.leave_out) for seed, answers in seeds.items()}
+        columns[f"without {args.leave_out.pattern}"] = with_deviation(percentages(fewer))
+    if args.among:
+        columns["among its own"] = with_deviation(percentages(seeds, among(args.among)))
+    if args.shuffled:
+        shuffled = pooled_seeds(jobs, lambda job: job.shuffled)
+        columns["shuffled"] = with_deviation(percentages(shuffled))
+        if args.among:
+            own = percentages(shuffled, among(args.among))
+            columns["shuffled, among its own"] = with_deviation(own)
+    return columns
+
+
+def difference(first_seeds, seeds, pattern):
+    """Of the first row from another one, over the seeds that both have."""
+    both = first_seeds.keys() & seeds.keys()
+    if first_seeds is seeds or not both:
+        return "–"
+    own, other = ([row[seed] for seed in both] for row in (first_seeds, seeds))
+    points, (low, high) = paired_difference(own, other, pattern)
+    return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def table_of(jobs, args):
+    """A row for each method, as dicts; a method that has no whole seed yet has none.
+
+    args: tools.compare's.
+    """
+    rows, first_seeds = [], None
+    for name, _ in args.method:
+        own = [job for job in jobs if job.row == name]
+        seeds = pooled_seeds(own, lambda job: job.result)
+        if not seeds:
+            continue
+        first_seeds = first_seeds or seeds
+        abouts = [read_result(job.result).about for job in own if os.path.exists(job.result)]
+        row = {"method": name} | accuracies(own, seeds, args)
+        first = rows[0]["method"] if rows else name
+        row[f"{first} − it (95 %)"] = difference(first_seeds, seeds, args.group)
+        row["tuned weights"] = f"{abouts[0]['tuned']:,}"
+        row["GMACs"] = f"{abouts[0]['gmacs']:.4g}"
+        row["s/epoch"] = f"{mean(about['seconds_per_epoch'] for about in abouts):.3g}"
+        rows.append(row)
+    return rows

@@ -2,13 +2,15 @@
 
     python -m tools.shuffled runs/NAME/last.pt --predictions shuffled.csv
 
-Takes what evaluate.py takes. What knows nothing of order keeps its accuracy.
+The options are evaluate.py's. What knows nothing of order keeps its accuracy: the T_s frames that
+are seen at full size change places among themselves, and so do the others.
 """
 
 import numpy as np
 
 import evaluate
 from data import VideoViews
+from support.errors import UserError
 from support.processes import in_turn, processes, say
 from support.tables import write_predictions
 
@@ -16,22 +18,30 @@ from support.tables import write_predictions
 class ShuffledViews(VideoViews):
     """Each video has an order of its own, the same in all of its views."""
 
+    spatial_frames = 1  # T_s of the model that they are for
+
     def __getitem__(self, index):
         views = super().__getitem__(index)
         if views.error is not None:
             return views
-        order = np.random.default_rng(index).permutation(views.pixels.shape[1])
+        rng, order = np.random.default_rng(index), np.arange(views.pixels.shape[1])
+        at_full_size = order % (len(order) // self.spatial_frames) == 0
+        for part in (at_full_size, ~at_full_size):
+            order[part] = rng.permutation(order[part])
         return views._replace(pixels=views.pixels[:, order])
 
 
 def main(argv=None):
     args = evaluate.parse(argv)
     with processes("shuffled.py", args.device) as (rank, _, device):
+        if args.video:
+            raise UserError("single videos have no accuracy: leave them out, or name a data set")
         dtype, model, settings, samples, _ = in_turn(lambda: evaluate.set_up(args, device))
         size, sampling = model.visual.image_size[0], settings["sampling"]
         test_views = ShuffledViews(
             samples, model.num_frames, size, sampling, settings["test_stride"], args.views
         )
+        test_views.spatial_frames = model.spatial_frames
         rows = evaluate.predict(model, test_views, device, dtype, args.batch, args.workers)
         say(f"top-1 {100 * evaluate.summarise(rows)['top1']:.2f} % with the frames shuffled")
         if args.predictions and rank == 0:
