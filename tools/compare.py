@@ -198,6 +198,9 @@ def main(argv=None):
         os.makedirs(args.results, exist_ok=True)
         try:
             failures = run_all(todo, args.jobs)
+        except SystemExit:
+            print("compare.py: stopped by a signal; the same command goes on where it was")
+            raise
         finally:
             write_table(table_of(jobs, args), os.path.join(args.results, "table"))
         for sentence in failures:

@@ -302,7 +302,8 @@ def test_a_comparison_that_is_stopped_goes_on_where_it_was(signal_number, folds)
         time.sleep(0.1)
     assert len(children(process.pid)) == 2
     os.kill(process.pid, signal_number)
-    assert process.wait() == 128 + signal_number and group_is_gone(process)
+    assert "stopped by a signal; the same command goes on" in process.communicate()[0]
+    assert process.returncode == 128 + signal_number and group_is_gone(process)
     done = [len(lines(os.path.dirname(log))) for log in logs]
     assert all(1 <= epochs < 25 for epochs in done) and glob.glob("results/*") == []
     process = start("-m", "tools.compare", *words)
