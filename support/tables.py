@@ -17,7 +17,10 @@ def write_table(rows, path):
     if not rows:
         return
     lines = [list(rows[0]), ["---"] * len(rows[0])] + [list(row.values()) for row in rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = ""
+    for line in lines:
+        cells = [cell.replace("|", "\\|") for cell in line]
+        text += f"| {' | '.join(cells)} |\n"
     with open(f"{path}.md", "w") as file:
         file.write(text)
     with open(f"{path}.csv", "w", newline="") as file:

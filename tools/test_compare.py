@@ -34,6 +34,7 @@ from conftest import (
 from data import clip_frames
 from model import build_model
 from support.errors import UserError
+from support.tables import write_table
 from tools import compare, jobs, results, shuffled
 from tools.results import Result
 
@@ -98,6 +99,13 @@ def test_a_difference_is_over_the_seeds_that_both_rows_have():
     assert results.difference(first, other, None).startswith("-50.0 (")
     assert results.difference(first, {2: answers([1])}, None) == "–"
     assert results.difference(first, first, None) == "–"
+
+
+def test_a_table_is_written_as_markdown_and_csv(tmp_path, capsys):
+    write_table([{"method": "aim", "without a|b": "50.0"}], str(tmp_path / "table"))
+    want = "| method | without a\\|b |\n| --- | --- |\n| aim | 50.0 |\n"
+    assert (tmp_path / "table.md").read_text() == want == capsys.readouterr().out
+    assert (tmp_path / "table.csv").read_text() == "method,without a|b\naim,50.0\n"
 
 
 def test_a_result_survives_its_file(tmp_path):
