@@ -47,6 +47,10 @@ def learned_from(words):
     """The options that decide what train.py learns, in the types of JSON."""
     options = vars(train.parse(words))
     kept = {name: options[name] for name in options if name not in FREE or name == "init"}
+    for name in ("backbone", "pretrained", "init"):  # in another checkout they may lie elsewhere
+        if kept[name]:
+            path = os.path.normpath(kept[name].removeprefix("local-dir:"))
+            kept[name] = os.path.basename(path)
     return json.loads(json.dumps(kept))
 
 

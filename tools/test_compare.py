@@ -281,6 +281,15 @@ def test_a_script_that_fails_is_quoted_and_one_that_is_killed_says_so(tmp_path):
     assert (tmp_path / "run.txt").read_text().split("\n")[1] == str(os.cpu_count())
 
 
+def test_where_the_image_model_lies_does_not_matter():
+    here, there = (["--backbone", f"local-dir:{folder}"] for folder in ("vit", "../weights/vit/"))
+    assert jobs.learned_from(here) == jobs.learned_from(there)
+    assert jobs.learned_from(here)["backbone"] == "vit"
+    assert jobs.learned_from(here) != jobs.learned_from(["--backbone", "local-dir:other"])
+    assert jobs.learned_from(["--init", "a/best.pt"])["init"] == "best.pt"
+    assert jobs.learned_from(["--root", "a", "--workers", "3"]) == jobs.learned_from([])
+
+
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     job = job_in(tmp_path)
     with open(tmp_path / "run.txt", "a") as held:
