@@ -123,10 +123,10 @@ class Runner:
         """Yield (job, its Result or None, what went wrong or None), as each ends."""
         futures = {self.pool.submit(self.do, job): job for job in jobs}
         for future in concurrent.futures.as_completed(futures):
-            job, result = futures[future], None
+            job = futures[future]
             try:
-                about = about_run(job) if future.exception() is None else None
-                for path, answers in future.result().items():
+                tested, about = future.result(), about_run(job)
+                for path, answers in tested.items():
                     result = Result(about, answers)
                     write_result(path, result)
                 yield job, result, None
