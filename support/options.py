@@ -63,7 +63,12 @@ def add_machine_options(add):
     workers = min(8, os.cpu_count())
     add("--workers", type=at_least(0), default=workers, metavar="N", help="that read videos")
     add("--compile", action="store_true", help="torch.compile the blocks")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="mixed precision; auto: on CUDA GPUs",
+    )
     add(
         "--device",
         choices=("auto", "cuda", "mps", "cpu"),

@@ -39,16 +39,19 @@ def choose_device(name):
 
 
 def autocast_type(name, device):
-    """The compute type of --amp: auto is bfloat16 on GPUs that have it, float16 on older ones."""
-    if device.type != "cuda":
-        if name in ("bf16", "fp16"):
-            raise UserError(
-                f"--amp {name} needs a CUDA GPU, and the device is {device.type}: leave it out"
-            )
-        return None
-    if name == "auto":
+    """The compute type of --amp: auto is bfloat16 on GPUs that have it, float16 on older ones.
+
+    A CPU has bfloat16 if it is asked for: only some CPUs are faster in it.
+    """
+    if device.type == "cuda" and name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if name in ("auto", "off"):
+        return None
+    if device.type != "cuda" and (device.type, name) != ("cpu", "bf16"):
+        raise UserError(
+            f"--amp {name} needs a CUDA GPU, and the device is {device.type}: leave it out"
+        )
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 # ---------------------------------------------------------------- the life of a group

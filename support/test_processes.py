@@ -87,6 +87,7 @@ def test_the_device_is_the_best_there_is_or_the_one_asked_for(
     [
         ("auto", "cpu", False, None),
         ("off", "cpu", False, None),
+        ("bf16", "cpu", False, torch.bfloat16),
         ("auto", "mps", False, None),
         ("auto", "cuda", True, torch.bfloat16),
         ("auto", "cuda", False, torch.float16),
@@ -102,8 +103,7 @@ def test_the_compute_type_is_the_devices_best_or_the_one_asked_for(
     assert processes.autocast_type(name, torch.device(kind)) == dtype
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
-@pytest.mark.parametrize("kind", ["cpu", "mps"])
+@pytest.mark.parametrize("name, kind", [("fp16", "cpu"), ("fp16", "mps"), ("bf16", "mps")])
 def test_mixed_precision_without_cuda_is_refused(name, kind):
     with pytest.raises(UserError, match=f"--amp {name} needs a CUDA GPU, and the device is {kind}"):
         processes.autocast_type(name, torch.device(kind))

@@ -100,6 +100,23 @@ def test_a_run_that_is_cut_off_at_any_write_ends_as_if_it_had_not_been(
     assert number > 30 and midway >= (12 if THOROUGH else 2)
 
 
+def test_a_run_in_bfloat16_ends_near_one_in_float32_and_resumes_to_the_bit(
+    micro, tmp_path, monkeypatch, capsys
+):
+    exact, whole, parts = (str(tmp_path / name) for name in ("exact", "whole", "parts"))
+    run = SMALL + ENDLESS + ["--root", micro, "--device", "cpu"]
+    train.main(run + ["--out", exact])
+    assert "1 x cpu, float32" in capsys.readouterr().out
+    train.main(run + ["--out", whole, "--amp", "bf16"])
+    assert "1 x cpu, bfloat16" in capsys.readouterr().out
+    losses = [[line["train_loss"] for line in lines(out)] for out in (exact, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
+    assert not survives(run + ["--out", parts, "--amp", "bf16"], 19, monkeypatch)
+    train.main(run + ["--out", parts, "--amp", "bf16", "--resume"])
+    assert "resumed after epoch" in capsys.readouterr().out
+    assert_same_run(whole, parts)
+
+
 def test_a_killed_process_resumes_to_the_bit(tmp_path):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     root = micro_set(tmp_path / "data", train=64)
