@@ -26,6 +26,9 @@ SHARED = os.path.join(HERE, "..", "shared")
 needs_shared = pytest.mark.skipif(
     not os.path.isdir(SHARED), reason="the folder ../shared with real videos and weights is absent"
 )
+# A background job of a shell ignores Ctrl-C, and so would the scripts that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 THOROUGH = os.environ.get("THOROUGH") == "1"  # tests of what is rare, with all their repetitions
 
 

@@ -309,8 +309,8 @@ def test_stopped_it_says_so_and_leaves_only_whole_copies(tmp_path):
             os.makedirs(root / split / label)
             how = x264(preset="ultrafast") | {"number": 150, "size": (240, 320)}
             write_anything(str(root / split / label / "0.mp4"), **how)
-            for i in range(1, 50):  # 200 in all: more than a busy machine copies before the signal
-                os.link(root / split / label / "0.mp4", root / split / label / f"{i}.mp4")
+            for i in range(1, 6):
+                shutil.copy(root / split / label / "0.mp4", root / split / label / f"{i}.mp4")
     command = "-m tools.copy_data --data folder --workers 2 --root".split()
     out = tmp_path / "out"
     process = start(*command, str(root), "--out", str(out), cwd=HERE)
@@ -320,7 +320,7 @@ def test_stopped_it_says_so_and_leaves_only_whole_copies(tmp_path):
     said = process.stdout.read()
     assert process.wait() == 1 and said.strip().endswith("copy_data.py: stopped"), said
     done = list(out.rglob("*.mp4"))
-    assert 0 < len(done) < 200
+    assert 0 < len(done) < 24
     for path in done:
         assert read_frames(str(path), [149]).count == 150
 
