@@ -28,7 +28,7 @@ from support.errors import UserError, one_sentence
 from support.layouts import digest, find_videos
 from support.processes import on_signals
 from support.tables import write_table
-from tools.jobs import Job, Runner, cores_each, is_done
+from tools.jobs import Job, Runner, cores_each, digests_of_files, is_done
 from tools.results import accuracy, group_of, table_of
 
 
@@ -98,10 +98,20 @@ def new_job(args, row, method, seed, root, videos, base):
     name = f"{row}-{os.path.basename(os.path.normpath(root))}-s{seed}"
     result = os.path.join(args.results, name)
     shuffled = f"{result}.shuffled.csv" if args.shuffled else None
-    lists = {"training": videos.train, "validation": videos.val}
-    digests = {kind: digest(samples[: parsed.limit]) for kind, samples in lists.items()}
-    folder = os.path.join(args.runs, name)
-    return Job(row, seed, words, base, digests, folder, f"{result}.csv", shuffled)
+    validated = videos.val[: parsed.limit]
+    return Job(
+        row=row,
+        seed=seed,
+        words=words,
+        root=root,
+        fold=os.path.relpath(root, base),
+        classes={os.path.relpath(path, root): videos.classes[c] for path, c in validated},
+        digests={"training videos": digest(videos.train[: parsed.limit])}
+        | digests_of_files(parsed),
+        folder=os.path.join(args.runs, name),
+        result=f"{result}.csv",
+        shuffled=shuffled,
+    )
 
 
 def run_all(jobs, jobs_at_once):
@@ -127,6 +137,8 @@ def method_row(text):
     if method not in METHODS:
         methods = ", ".join(METHODS)
         raise argparse.ArgumentTypeError(f"{method!r} is no method; the methods are {methods}")
+    if "/" in name:
+        raise argparse.ArgumentTypeError(f"{name!r} names files, so it may have no slash")
     return name or method, method
 
 
@@ -169,7 +181,9 @@ def parse(argv):
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="seeds of each row")
     add("--jobs", type=whole, default=1, metavar="N", help="runs at once; they share the cores")
     add("--runs", default="runs/compare", metavar="DIR", help="folder of the runs' folders")
-    add("--results", default="results", metavar="DIR", help="of predictions and the table")
+    add(
+        "--results", default="results", metavar="DIR", help="folder of predictions and of the table"
+    )
     add("--group", type=expression, metavar="REGEX", help="in a path: names what is resampled")
     left = "also top-1 without the videos in whose paths it finds something"
     add("--leave-out", type=expression, metavar="REGEX", help=left)
@@ -179,7 +193,10 @@ def parse(argv):
     args = parser.parse_args(argv[:end])
     args.options, args.row_options = argv[end + 1 :], {}
     for name, text in args.set:
-        args.row_options.setdefault(name, []).extend(words_of(text))
+        try:
+            args.row_options.setdefault(name, []).extend(words_of(text))
+        except ValueError as error:
+            parser.error(f"--set {name} {text!r}: {error}")
     unknown = args.row_options.keys() - {name for name, _ in args.method}
     if unknown:
         parser.error(f"--set {min(unknown)}: there is no such row in --method")

@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import fcntl
+import functools
+import hashlib
 import json
 import os
 import queue
@@ -19,6 +21,7 @@ from support.errors import UserError
 from support.resume import FREE
 from tools.results import Result, read_predictions, read_result, write_result
 
+STARTS = ("backbone", "pretrained", "init")  # options that name what a run starts from
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -28,8 +31,10 @@ class Job(NamedTuple):
     row: str  # of the table
     seed: int
     words: list  # train.py's, without --out and --resume
-    base: str  # the folder that paths of videos are relative to in its results
-    digests: dict  # of its training and its validation videos
+    root: str  # of its data set: in a result, paths of videos are relative to it
+    fold: str  # the root, relative to the folder that holds all roots
+    classes: dict  # {path of a video that it validates: name of its class}
+    digests: dict  # SHA-256 of what it is trained on and starts from, by what that is
     folder: str  # the run's
     result: str  # the file of its predictions
     shuffled: str | None  # likewise, with shuffled frames; None if that is not asked for
@@ -47,32 +52,60 @@ def learned_from(words):
     """The options that decide what train.py learns, in the types of JSON."""
     options = vars(train.parse(words))
     kept = {name: options[name] for name in options if name not in FREE or name == "init"}
-    for name in ("backbone", "pretrained", "init"):  # in another checkout they may lie elsewhere
+    for name in STARTS:  # in another checkout they may lie elsewhere
         if kept[name]:
             path = os.path.normpath(kept[name].removeprefix("local-dir:"))
             kept[name] = os.path.basename(path)
     return json.loads(json.dumps(kept))
 
 
+def digests_of_files(options):
+    """SHA-256 of the local files that a run starts from: {what it is: hexadecimal}."""
+    paths = {name: getattr(options, name) or "" for name in STARTS}
+    if paths["backbone"].startswith("local-dir:"):
+        paths["backbone"] = paths["backbone"].removeprefix("local-dir:")
+    else:  # a name
+        del paths["backbone"]
+    there = {name: path for name, path in paths.items() if os.path.exists(path)}
+    return {f"files of --{name}": digest_of_files(path) for name, path in there.items()}
+
+
+@functools.cache
+def digest_of_files(path):
+    """Of a file, or of all files in a folder."""
+    files = sorted(entry.path for entry in os.scandir(path)) if os.path.isdir(path) else [path]
+    digest = hashlib.sha256()
+    for name in filter(os.path.isfile, files):
+        with open(name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def is_done(job):
-    """Are all results of a job there? UserError if they are another run's."""
-    settings = learned_from(job.words)
-    for path in filter(None, (job.result, job.shuffled)):
-        if not os.path.exists(path):
-            return False
-        about = read_result(path).about
-        defaults = learned_from(["--data", settings["data"]])  # for options added since
-        was = defaults | about["settings"]
-        differ = [f"{name} {was[name]}" for name, value in settings.items() if was[name] != value]
-        for name, digest in job.digests.items():
-            if about["digests"][name] != digest:
-                differ.append(f"other {name} videos")
+    """Are all results of a job there? UserError if one of them is another run's."""
+    paths = [path for path in (job.result, job.shuffled) if path]
+    for path in filter(os.path.exists, paths):
+        differ = differences(job, read_result(path))
         if differ:
             raise UserError(
-                f"{path} is of a run with {', '.join(differ)}: delete it and {job.folder}, or"
-                " choose other --results and --runs"
+                f"{path} is of a run with {', '.join(differ)}: delete"
+                f" {', '.join(paths)} and {job.folder}, or choose other --results and --runs"
             )
-    return True
+    return all(map(os.path.exists, paths))
+
+
+def differences(job, result):
+    """In what a result is not the job's."""
+    settings, digests = learned_from(job.words), result.about["digests"]
+    defaults = learned_from(["--data", settings["data"]])  # for options added since
+    was = defaults | result.about["settings"]
+    differ = [f"{name} {was[name]}" for name, value in settings.items() if was[name] != value]
+    for name in sorted(job.digests.keys() | digests.keys()):
+        if job.digests.get(name) != digests.get(name):
+            differ.append(f"other {name}")
+    if {video: label for video, (label, _) in result.answers.items()} != job.classes:
+        differ.append("other validation videos or classes")
+    return differ
 
 
 def about_run(job):
@@ -140,19 +173,22 @@ class Runner:
             os.makedirs(os.path.dirname(job.folder), exist_ok=True)
             self.call(job, slot, "train.py", *job.words, "--out", job.folder, "--resume")
             if job.shuffled:
-                tested[job.shuffled] = self.test(job, slot, "tools/shuffled.py")
-            tested[job.result] = self.test(job, slot, "evaluate.py")
+                tested[job.shuffled] = self.test(job, slot, "tools/shuffled.py", job.shuffled)
+            tested[job.result] = self.test(job, slot, "evaluate.py", job.result)
             return tested
         finally:
             self.slots.put(slot)
 
-    def test(self, job, slot, script):
+    def test(self, job, slot, script, result):
         """The answers of a trained model."""
-        options, predictions = train.parse(job.words), os.path.join(job.folder, "predictions.csv")
-        words = [os.path.join(job.folder, "last.pt"), "--predictions", predictions]
+        options, last = train.parse(job.words), os.path.join(job.folder, "last.pt")
+        predictions = os.path.join(job.folder, os.path.basename(result))
+        words = [last, "--predictions", predictions, "--amp", options.amp]
         words += ["--workers", str(options.workers), "--device", options.device]
-        self.call(job, slot, script, *words, "--amp", options.amp)
-        return read_predictions(predictions, job.base)
+        if options.limit:
+            words += ["--limit", str(options.limit)]
+        self.call(job, slot, script, *words)
+        return read_predictions(predictions, job.root)
 
     def call(self, job, slot, script, *words):
         """Run one of our scripts; UserError with its last line if it fails."""

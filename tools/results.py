@@ -8,13 +8,14 @@ import csv
 import json
 import os
 import re
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import NamedTuple
 
 import numpy as np
 
 from support.errors import UserError
 
+ABOUT = ("settings", "digests", "tuned", "gmacs", "seconds_per_epoch")  # of the first line
 RESAMPLES = 10_000  # of a bootstrap
 
 
@@ -28,8 +29,8 @@ class Result(NamedTuple):
     answers: dict
 
 
-def read_predictions(path, base=None):
-    """The answers in a CSV of evaluate.py's --predictions; base: paths become relative to it."""
+def read_predictions(path, root=None):
+    """The answers in a CSV of evaluate.py's --predictions; root: paths become relative to it."""
     answers = {}
     with open(path, newline="", errors="surrogateescape") as file:
         if not file.readline().startswith("# "):
@@ -37,8 +38,8 @@ def read_predictions(path, base=None):
         lines = csv.reader(file)
         next(lines)
         for video, label, *cells in lines:
-            if base is not None:
-                video = os.path.relpath(video, base)
+            if root is not None:
+                video = os.path.relpath(video, root)
             scores = {c: float(score) for c, score in zip(cells[::2], cells[1::2])}
             answers[video] = (label, scores)
     return answers
@@ -48,9 +49,9 @@ def read_result(path):
     try:
         with open(path, errors="surrogateescape") as file:
             about = json.loads(file.readline().removeprefix("# "))
-        return Result(about, read_predictions(path))
-    except (ValueError, StopIteration) as error:
-        raise UserError(f"{path} is no result of a run ({error}): delete it") from error
+        return Result({name: about[name] for name in ABOUT}, read_predictions(path))
+    except (ValueError, TypeError, KeyError, StopIteration) as error:
+        raise UserError(f"{path} is no result of a run ({error!r}): delete it") from error
 
 
 def write_result(path, result):
@@ -83,10 +84,14 @@ def among(classes):
 
 
 def pool(results):
-    """The answers of the folds of one data set."""
+    """The answers of the folds of one data set: {folder of a fold: its Result} → {video: answer}.
+
+    Folders are relative to the one that holds all folds; so are the paths of videos in the end.
+    """
     answers = {}
-    for result in results:
-        answers |= result.answers
+    for fold, result in results.items():
+        for video, answer in result.answers.items():
+            answers[os.path.normpath(os.path.join(fold, video))] = answer
     return answers
 
 
@@ -143,11 +148,14 @@ def paired_difference(seeds, other_seeds, pattern=None):
 # ---------------------------------------------------------------- the table
 def pooled_seeds(jobs, path_of):
     """{seed: answers over all folds}, of the seeds whose folds are all there."""
-    paths = {}
+    seeds = {}
     for job in jobs:
-        paths.setdefault(job.seed, []).append(path_of(job))
-    whole = {seed: own for seed, own in paths.items() if all(map(os.path.exists, own))}
-    return {seed: pool(map(read_result, own)) for seed, own in whole.items()}
+        seeds.setdefault(job.seed, {})[job.fold] = path_of(job)
+    return {
+        seed: pool({fold: read_result(path) for fold, path in paths.items()})
+        for seed, paths in seeds.items()
+        if all(map(os.path.exists, paths.values()))
+    }
 
 
 def percentages(seeds, is_right=top1):
@@ -164,13 +172,14 @@ def accuracies(jobs, seeds, args):
         fewer = {seed: without(answers, args.leave_out) for seed, answers in seeds.items()}
         columns[f"without {args.leave_out.pattern}"] = with_deviation(percentages(fewer))
     if args.among:
-        columns["among its own"] = with_deviation(percentages(seeds, among(args.among)))
+        columns["within its set"] = with_deviation(percentages(seeds, among(args.among)))
     if args.shuffled:
-        shuffled = pooled_seeds(jobs, lambda job: job.shuffled)
+        asked = [job for job in jobs if job.seed in seeds]
+        shuffled = pooled_seeds(asked, lambda job: job.shuffled)
         columns["shuffled"] = with_deviation(percentages(shuffled))
         if args.among:
             own = percentages(shuffled, among(args.among))
-            columns["shuffled, among its own"] = with_deviation(own)
+            columns["shuffled, within its set"] = with_deviation(own)
     return columns
 
 
@@ -199,9 +208,9 @@ def table_of(jobs, args):
         abouts = [read_result(job.result).about for job in own if os.path.exists(job.result)]
         row = {"method": name} | accuracies(own, seeds, args)
         first = rows[0]["method"] if rows else name
-        row[f"{first} − it (95 %)"] = difference(first_seeds, seeds, args.group)
+        row[f"{first} − this (95 %)"] = difference(first_seeds, seeds, args.group)
         row["tuned weights"] = f"{abouts[0]['tuned']:,}"
         row["GMACs"] = f"{abouts[0]['gmacs']:.4g}"
-        row["s/epoch"] = f"{mean(about['seconds_per_epoch'] for about in abouts):.3g}"
+        row["s/epoch"] = f"{median(about['seconds_per_epoch'] for about in abouts):.1f}"
         rows.append(row)
     return rows

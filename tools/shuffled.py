@@ -2,8 +2,9 @@
 
     python -m tools.shuffled runs/NAME/last.pt --predictions shuffled.csv
 
-The options are evaluate.py's. What knows nothing of order keeps its accuracy: the T_s frames that
-are seen at full size change places among themselves, and so do the others.
+The options are evaluate.py's. The T_s frames that are seen at full size change places among
+themselves, and so do the others: what is blind to order then sees the same images, and keeps its
+accuracy. (One order of 24 of four full-size frames is the old one.)
 """
 
 import numpy as np
@@ -18,7 +19,10 @@ from support.tables import write_predictions
 class ShuffledViews(VideoViews):
     """Each video has an order of its own, the same in all of its views."""
 
-    spatial_frames = 1  # T_s of the model that they are for
+    def __init__(self, spatial_frames, *args):
+        """spatial_frames: T_s of the model that they are for; then what VideoViews takes."""
+        super().__init__(*args)
+        self.spatial_frames = spatial_frames
 
     def __getitem__(self, index):
         views = super().__getitem__(index)
@@ -37,11 +41,15 @@ def main(argv=None):
         if args.video:
             raise UserError("single videos have no accuracy: leave them out, or name a data set")
         dtype, model, settings, samples, _ = in_turn(lambda: evaluate.set_up(args, device))
-        size, sampling = model.visual.image_size[0], settings["sampling"]
         test_views = ShuffledViews(
-            samples, model.num_frames, size, sampling, settings["test_stride"], args.views
+            model.spatial_frames,
+            samples,
+            model.num_frames,
+            model.visual.image_size[0],
+            settings["sampling"],
+            settings["test_stride"],
+            args.views,
         )
-        test_views.spatial_frames = model.spatial_frames
         rows = evaluate.predict(model, test_views, device, dtype, args.batch, args.workers)
         say(f"top-1 {100 * evaluate.summarise(rows)['top1']:.2f} % with the frames shuffled")
         if args.predictions and rank == 0:

@@ -61,8 +61,11 @@ def test_within_a_set_of_classes_the_likeliest_of_these_is_the_answer():
 
 
 def test_folds_are_pooled_and_videos_left_out_by_their_paths():
-    one, two = Result({}, {"v": ("a", {"a": 1.0})}), Result({}, {"w": ("a", {"b": 1.0})})
-    assert results.accuracy(results.pool([one, two])) == 0.5
+    one = Result({}, {"../videos/v": ("a", {"a": 1.0}), "w": ("a", {"a": 1.0})})
+    two = Result({}, {"../videos/x": ("a", {"b": 1.0}), "w": ("a", {"b": 1.0})})
+    pooled = results.pool({"fold0": one, "fold1": two})
+    assert sorted(pooled) == ["fold0/w", "fold1/w", "videos/v", "videos/x"]
+    assert results.accuracy(pooled) == 0.5 and pooled["fold0/w"] == ("a", {"a": 1.0})
     assert results.without(answers([1, 0, 1]), "v[01]").keys() == {"v2"}
 
 
@@ -110,12 +113,14 @@ def test_a_table_is_written_as_markdown_and_csv(tmp_path, capsys):
 
 def test_a_result_survives_its_file(tmp_path):
     odd = 'na\udcffme, "quoted".mp4'  # a byte that is no text
-    result = Result({"tuned": 3}, {odd: ("a, b", {"a, b": 0.75, "c": 0.25}), "v": ("c", {})})
+    about = dict.fromkeys(results.ABOUT, 3)
+    result = Result(about, {odd: ("a, b", {"a, b": 0.75, "c": 0.25}), "v": ("c", {})})
     results.write_result(str(tmp_path / "r.csv"), result)
     assert results.read_result(str(tmp_path / "r.csv")) == result
-    (tmp_path / "r.csv").write_text("video,label\n")
-    with pytest.raises(UserError, match="r.csv is no result of a run"):
-        results.read_result(str(tmp_path / "r.csv"))
+    for text in ("video,label\n", "# {}\nvideo,label\n", "# 3\nvideo,label\n", ""):
+        (tmp_path / "r.csv").write_text(text)
+        with pytest.raises(UserError, match="r.csv is no result of a run"):
+            results.read_result(str(tmp_path / "r.csv"))
 
 
 # ---------------------------------------------------------------- whole comparisons
@@ -204,11 +209,11 @@ def test_a_comparison_pools_folds_and_goes_on_elsewhere(folds, in_process, capsy
             seeds.append(f"{100 * right / total:.1f}")
         assert rows[name]["each seed"] == ", ".join(seeds)
     assert int(rows["dualpath"]["tuned weights"].replace(",", "")) > 50_000
-    assert re.fullmatch(r"[+-]\d+\.\d \(.* to .*\)", rows["spatial"]["dualpath − it (95 %)"])
+    assert re.fullmatch(r"[+-]\d+\.\d \(.* to .*\)", rows["spatial"]["dualpath − this (95 %)"])
     settings = results.read_result("results/spatial-fold1-s1.csv").about["settings"]
     assert settings["paths"] == "spatial" and settings["lr"] == 0.01 and settings["seed"] == 1
     names = results.read_result("results/spatial-fold1-s1.csv").answers
-    assert all(os.path.exists(os.path.join("set", name)) for name in names)
+    assert len(names) == 4 and all(os.path.exists(f"set/fold1/{name}") for name in names)
 
     # In another checkout, with the results alone: nothing runs, and the table is the same.
     shutil.rmtree("runs")
@@ -220,10 +225,13 @@ def test_a_comparison_pools_folds_and_goes_on_elsewhere(folds, in_process, capsy
     os.remove("results/spatial-fold1-s1.csv")
     assert compare.main(command(*words, methods=methods)) == 0
     assert {name for name, _ in in_process} == {"spatial-fold1-s1"} and read_table() == rows
-    with pytest.raises(SystemExit, match="s0.csv is of a run with lr 0.001: delete it and runs/c"):
+    refusal = (
+        "s0.csv is of a run with lr 0.001: delete res.*s0.csv, res.*s0.shuffled.csv and runs/c"
+    )
+    with pytest.raises(SystemExit, match=refusal):
         compare.main(command(*words, methods=methods, options=["--lr", "0.5"]))
     more = command(*words, methods=methods, options=["--limit", "7", "--batch", "7"])
-    with pytest.raises(SystemExit, match="with limit 8, batch 8, other training videos: delete it"):
+    with pytest.raises(SystemExit, match="with limit 8, batch 8, other training videos: delete "):
         compare.main(more)
     with open("set/fold1/val.txt") as file:
         kept = file.readlines()[1:]
@@ -231,6 +239,50 @@ def test_a_comparison_pools_folds_and_goes_on_elsewhere(folds, in_process, capsy
         file.writelines(kept)
     with pytest.raises(SystemExit, match="fold1-s0.csv is of a run with other validation videos"):
         compare.main(command(*words, methods=methods))
+
+
+def test_a_result_is_taken_only_for_the_run_that_it_is_of(folds, in_process, capsys):
+    few = ["--limit", "3", "--batch", "3"]
+    words = command(methods=("linear",), options=few)
+
+    def refused(sentence):
+        with pytest.raises(SystemExit, match=sentence):
+            compare.main(words)
+
+    # One fold alone; then, among all, it is done.
+    assert compare.main([word.replace("fold*", "fold0") for word in words]) == 0
+    assert compare.main(words) == 0 and "2 runs, 1 of them done" in capsys.readouterr().out
+    for fold in (0, 1):
+        answers = results.read_result(f"results/linear-fold{fold}-s0.csv").answers
+        assert len(answers) == 3, "--limit holds for the test, too"
+    names = "\n".join("abcdefgh")
+    for fold in (0, 1):
+        (folds / f"set/fold{fold}/classes.txt").write_text(names)
+    refused("fold0-s0.csv is of a run with other validation videos or classes: delete")
+    # Files that a run starts from are known by what is in them.
+    shutil.copy("runs/compare/linear-fold0-s0/best.pt", "best.pt")
+    shutil.copy("runs/compare/linear-fold1-s0/best.pt", "other.pt")
+    for fold in (0, 1):
+        os.remove(f"set/fold{fold}/classes.txt")
+    shutil.rmtree("results")
+    shutil.rmtree("runs")
+    words += ["--init", "best.pt"]
+    assert compare.main(words) == 0
+    os.replace("other.pt", "best.pt")
+    jobs.digest_of_files.cache_clear()  # which lasts as long as a command
+    refused("fold0-s0.csv is of a run with other files of --init: delete")
+
+
+def test_shuffled_answers_of_a_seed_that_is_not_done_are_left_out(folds, in_process):
+    words = command("--seed", "0", "1", "--shuffled", methods=("linear",))
+    compare.main(words)
+    whole = read_table()["linear"]
+    for fold in (0, 1):
+        os.remove(f"results/linear-fold{fold}-s1.csv")
+    args = compare.parse(words)
+    shared = compare.find_folds(args)
+    [row] = results.table_of(compare.plan(args, *shared), args)
+    assert " ± " in whole["shuffled"] and " ± " not in row["shuffled"]
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(folds, in_process, capsys):
@@ -262,7 +314,7 @@ def test_what_is_blind_to_order_keeps_its_answers_on_shuffled_frames(folds, in_p
 
 def job_in(folder):
     path = str(folder / "run")
-    return jobs.Job("row", 0, [], "", {}, path, f"{path}.csv", None)
+    return jobs.Job("row", 0, [], "", ".", {}, {}, path, f"{path}.csv", None)
 
 
 def test_a_script_that_fails_is_quoted_and_one_that_is_killed_says_so(tmp_path):
@@ -287,6 +339,10 @@ def test_where_the_image_model_lies_does_not_matter():
     assert jobs.learned_from(here)["backbone"] == "vit"
     assert jobs.learned_from(here) != jobs.learned_from(["--backbone", "local-dir:other"])
     assert jobs.learned_from(["--init", "a/best.pt"])["init"] == "best.pt"
+    named = jobs.digests_of_files(train.parse([]))
+    assert named == {}, "an image model with a name is no file"
+    tiny = jobs.digests_of_files(train.parse(["--backbone", "local-dir:assets/tiny"]))
+    assert tiny.keys() == {"files of --backbone"}
     assert jobs.learned_from(["--root", "a", "--workers", "3"]) == jobs.learned_from([])
 
 
@@ -334,7 +390,9 @@ def test_a_comparison_that_is_stopped_goes_on_where_it_was(signal_number, folds)
 
 MISTAKES = [
     (command("--set", "aim", "lr=1"), "--set aim: there is no such row"),
+    (command("--set", "linear", "lr=1 'x"), '--set linear "lr=1 \'x": No closing quotation'),
     (command(methods=["x=nothing"]), "'nothing' is no method; the methods are dualpath, "),
+    (command(methods=["a/b=aim"]), "'a/b' names files, so it may have no slash"),
     (command("--among", "left_horizontal,no"), "--among names left_horizontal, no; it must name"),
     (["--data", "list", "--root", "no/where", "--method", "aim"], "no/where is not there"),
     (command("--root", "set/fold0", "set/fold0/../fold0/."), "is validated in two folds"),
