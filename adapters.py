@@ -86,12 +86,12 @@ class DualPathBlock(nn.Module):
         # Both paths use the same frozen weights, and attention never crosses images. So the images
         # of both are one batch in each frozen call: one MHA and one MLP serve two paths.
         images = [x.shape[0], z.shape[0]]
-        x_norm, z_norm = LN(block.ln_1, x), LN(block.ln_1, z)
+        x_norm, z_norm = LN(block.ln_1, x), LN(block.ln_1, z).to(x.dtype)
         h_x, h_z = MHA(block, torch.cat([x_norm, self.A_t0(z_norm)])).split(images)
         x = x + h_x + self.A_s1(x_norm)
         z = z + self.serial(self.A_t1, h_z)
 
-        x_norm, z_norm = LN(block.ln_2, x), LN(block.ln_2, z)
+        x_norm, z_norm = LN(block.ln_2, x), LN(block.ln_2, z).to(x.dtype)
         h_x, h_z = MLP(block, torch.cat([x_norm, z_norm])).split(images)
         x = x + h_x + self.A_s2(x_norm)
         z = z + self.serial(self.A_t2, h_z)
@@ -113,6 +113,7 @@ class Unadapted(nn.Module):
     def forward(self, merging, *paths):
         """paths: x alone, or x and z, (images, L, d) → (images, L / 4, 2d)."""
         merged = merging(torch.cat(paths)).split([path.shape[0] for path in paths])
+        merged = [images.to(path.dtype) for images, path in zip(merged, paths)]
         return merged if len(paths) > 1 else merged[0]
 
 
@@ -383,8 +384,7 @@ class QuickMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         s, W_1, W_2 = ctx.saved_tensors
-        # Over 1.702, which cancels with that of s.
-        grad_s = grad.flatten(0, -2) @ W_2.to(grad.dtype)
+        grad_s = grad.flatten(0, -2) @ W_2.to(grad.dtype)  # over 1.702: cancels with that of s
         torch.ops.aten.silu_backward(grad_s, s, grad_input=grad_s)  # in place
         return (grad_s @ W_1.to(grad.dtype)).view(grad.shape), None, None, None, None
 

@@ -195,7 +195,9 @@ class DualPath(FrameModel):
         z = x[:0]
         if self.temporal:
             class_token, position = self.temporal_class_embedding, self.temporal_position
-            z = self.tokens(frameset_patches, class_token, position)
+            # In float32 under autocast, too. What the adapters add to z is small at first, and
+            # bfloat16 would round it: then the order of frames is learned late, or not at all.
+            z = self.tokens(frameset_patches.float(), class_token, position)
         return x, z
 
 

@@ -8,14 +8,18 @@ from support.errors import UserError
 def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
     """Make a model ready for long work under autocast to dtype; returns it.
 
-    Frozen weights are held in dtype, instead of being cast at every call. compile: the blocks,
-    which share their graphs. checkpoint_activations: keep only the blocks' inputs for backward.
+    Frozen weights are held in dtype, instead of being cast at every call; those of LayerNorms are
+    few, and keep float32. compile: the blocks, which share their graphs. checkpoint_activations:
+    keep only the blocks' inputs for backward.
     """
     model.checkpoint_activations = checkpoint_activations
     if dtype is not None:
-        for p in model.visual.parameters():
-            if not p.requires_grad:
-                p.data = p.data.to(dtype)
+        for module in model.visual.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                continue
+            for p in module.parameters(recurse=False):
+                if not p.requires_grad:
+                    p.data = p.data.to(dtype)
     if compile:
         try:  # something small, so that a missing compiler is a sentence now
             torch.compile(torch.neg)(model.mean)

@@ -553,7 +553,8 @@ def test_mixed_precision_keeps_frozen_weights_and_tokens_in_the_small_type(kind,
         block.register_forward_hook(lambda module, inputs, outputs: seen.extend(outputs))
     with torch.autocast("cpu", torch.bfloat16):
         model(video)
-    assert {tokens.dtype for tokens in seen} == {torch.bfloat16}
+    assert {x.dtype for x in seen[0::2]} == {torch.bfloat16}
+    assert {z.dtype for z in seen[1::2]} == {torch.float32}  # the temporal path's
 
 
 @pytest.mark.parametrize("kind", WITHOUT_CLASS_TOKEN)
