@@ -195,8 +195,8 @@ class DualPath(FrameModel):
         z = x[:0]
         if self.temporal:
             class_token, position = self.temporal_class_embedding, self.temporal_position
-            # In float32 under autocast, too. What the adapters add to z is small at first, and
-            # bfloat16 would round it: then the order of frames is learned late, or not at all.
+            # In float32 under autocast, too: what the adapters add to z is small at first, and
+            # bfloat16 would round part of it away.
             z = self.tokens(frameset_patches.float(), class_token, position)
         return x, z
 
