@@ -181,9 +181,7 @@ def parse(argv):
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="seeds of each row")
     add("--jobs", type=whole, default=1, metavar="N", help="runs at once; they share the cores")
     add("--runs", default="runs/compare", metavar="DIR", help="folder of the runs' folders")
-    add(
-        "--results", default="results", metavar="DIR", help="folder of predictions and of the table"
-    )
+    add("--results", default="results", metavar="DIR", help="folder of predictions and table")
     add("--group", type=expression, metavar="REGEX", help="in a path: names what is resampled")
     left = "also top-1 without the videos in whose paths it finds something"
     add("--leave-out", type=expression, metavar="REGEX", help=left)

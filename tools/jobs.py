@@ -61,13 +61,13 @@ def learned_from(words):
 
 def digests_of_files(options):
     """SHA-256 of the local files that a run starts from: {what it is: hexadecimal}."""
-    paths = {name: getattr(options, name) or "" for name in STARTS}
-    if paths["backbone"].startswith("local-dir:"):
-        paths["backbone"] = paths["backbone"].removeprefix("local-dir:")
-    else:  # a name
-        del paths["backbone"]
-    there = {name: path for name, path in paths.items() if os.path.exists(path)}
-    return {f"files of --{name}": digest_of_files(path) for name, path in there.items()}
+    digests = {}
+    for name in STARTS:
+        value = getattr(options, name) or ""
+        folder = value.removeprefix("local-dir:")
+        if os.path.isfile(value) or (folder != value and os.path.isdir(folder)):
+            digests[f"files of --{name}"] = digest_of_files(folder)
+    return digests
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def is_done(job):
     """Are all results of a job there? UserError if one of them is another run's."""
     paths = [path for path in (job.result, job.shuffled) if path]
     for path in filter(os.path.exists, paths):
-        differ = differences(job, read_result(path))
+        differ = what_differs(job, read_result(path))
         if differ:
             raise UserError(
                 f"{path} is of a run with {', '.join(differ)}: delete"
@@ -94,8 +94,8 @@ def is_done(job):
     return all(map(os.path.exists, paths))
 
 
-def differences(job, result):
-    """In what a result is not the job's."""
+def what_differs(job, result):
+    """In what a result is not the job's: words for a sentence, none if it is."""
     settings, digests = learned_from(job.words), result.about["digests"]
     defaults = learned_from(["--data", settings["data"]])  # for options added since
     was = defaults | result.about["settings"]
