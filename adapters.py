@@ -86,7 +86,7 @@ class DualPathBlock(nn.Module):
         # Both paths use the same frozen weights, and attention never crosses images. So the images
         # of both are one batch in each frozen call: one MHA and one MLP serve two paths.
         images = [x.shape[0], z.shape[0]]
-        x_norm, z_norm = LN(block.ln_1, x), LN(block.ln_1, z).to(x.dtype)  # z is float32
+        x_norm, z_norm = LN(block.ln_1, x), LN(block.ln_1, z).to(x.dtype)  # see DualPath.embed
         h_x, h_z = MHA(block, torch.cat([x_norm, self.A_t0(z_norm)])).split(images)
         x = x + h_x + self.A_s1(x_norm)
         z = z + self.serial(self.A_t1, h_z)

@@ -1,6 +1,6 @@
 """The accuracy of a trained model over all views of every video, or what is in a video.
 
-    python evaluate.py runs/demo-dualpath-s0/best.pt             # data and views as in training
+    python evaluate.py runs/demo-dualpath-s0/best.pt             # data and views of the run
     python evaluate.py CKPT --data folder --root DIR --views 3x1 # other ones
     python evaluate.py CKPT clip.mp4                             # the five likeliest classes
     torchrun --nproc_per_node=8 evaluate.py CKPT                 # eight processes, same figures
@@ -118,13 +118,10 @@ def parse(argv):
     )
     add, whole = parser.add_argument, options.at_least(1)
     add("checkpoint", help="best.pt or last.pt of a run")
-    add("video", nargs="*", help="files to be classified; without any, a data set is evaluated")
-    add(
-        "--views",
-        type=options.views,
-        metavar="CLIPSxCROPS",
-        help="views per video, whose scores are averaged (the recipe's)",
-    )
+    files = "files to be classified; without any, a data set is evaluated"
+    add("video", nargs="*", default=None, help=files)
+    views = "views per video, whose scores are averaged (those that the run was given)"
+    add("--views", type=options.views, metavar="CLIPSxCROPS", help=views)
     add = parser.add_argument_group("data set").add_argument
     options.add_data_options(add, note=" (that of the training)")
     add("--limit", type=whole, metavar="N", help="only the first N videos (all)")
@@ -245,8 +242,9 @@ def report(args, rows, samples, missing, classes):
         print(*[f"  {error}" for error in errors[:10]], sep="\n")
     if args.predictions:
         write_predictions(args.predictions, rows, samples, classes)
-    split = f"-split{args.split}" if args.split else ""
-    file = f"{os.path.splitext(args.checkpoint)[0]}.{args.data}{split}.json"
+    part = f"-split{args.split}" if args.split else ""
+    part += f"-first{args.limit}" if args.limit else ""
+    file = f"{os.path.splitext(args.checkpoint)[0]}.{args.data}{part}.json"
     try:
         with open(file, "w") as out:
             json.dump(result, out, indent=1)

@@ -20,7 +20,7 @@ from support.reader import read_frames
 def frameset(video, rows=4, cols=4):
     """Tile each run of rows·cols consecutive frames into one image of the frames' own size.
 
-    video: (B, T, C, H, W), floating point or uint8 → (B, T // (rows·cols), C, H, W), same dtype.
+    video: (B, T, C, H, W), float32, float64 or uint8 → (B, T // (rows·cols), C, H, W), same dtype.
     Frames are shrunk with antialiasing and laid left to right, top to bottom, in time order.
     Raises ValueError where T, H or W does not divide.
     """
@@ -40,7 +40,7 @@ def check_divides(what, number, divisor):
     if number == 0 or number != below:
         nearest = f"{below} or {below + divisor}" if below else f"{divisor}"
         raise ValueError(
-            f"{what} is {number}, which does not divide by {divisor}; the nearest that works is"
+            f"{what} is {number}, which is not a multiple of {divisor}; the nearest that works is"
             f" {nearest}"
         )
 
@@ -56,10 +56,10 @@ def position_code(num_framesets, height, width, patch, dim, rows=4, cols=4):
     """
     d_yx = dim // 6 * 2
     d_t = dim - 2 * d_yx
-    y, row_share = codes_along(height, rows, patch, d_yx)
-    x, col_share = codes_along(width, cols, patch, d_yx)
+    y, row_share = codes_along(height, rows, patch, d_yx)  # (patches down, d_yx), (…, rows)
+    x, col_share = codes_along(width, cols, patch, d_yx)  # (patches across, d_yx), (…, cols)
     t = sincos(torch.arange(num_framesets * rows * cols), d_t).view(num_framesets, rows, cols, d_t)
-    t = torch.einsum("ir,jc,nrcd->nijd", row_share, col_share, t)
+    t = torch.einsum("ir,jc,nrcd->nijd", row_share, col_share, t)  # (framesets, down, across, d_t)
     y = y[None, :, None].expand(*t.shape[:3], d_yx)
     x = x[None, None, :].expand(*t.shape[:3], d_yx)
     return torch.cat([y, x, t], dim=-1).flatten(1, 2).float()  # (framesets, P, dim)

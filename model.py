@@ -7,6 +7,7 @@ What they cost in seconds and memory: python -m tools.cost
 
 import argparse
 import json
+import math
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from grid import check_divides, frameset, position_code
 from support.checkpoints import check_fit, load_weights, read_checkpoint, saved_weights
 from support.errors import UserError, one_sentence
 from support.image_model import fingerprint, has_class_token, load_image_model
+from support.options import at_least
 from support.tables import table
 
 
@@ -138,6 +140,12 @@ class DualPath(FrameModel):
         position_scale=1.0,
         paths="both",
     ):
+        if paths != "spatial":
+            what = f"the number of frames (framesets of {rows * cols}, T_s = {spatial_frames})"
+            check_divides(what, num_frames, math.lcm(spatial_frames, rows * cols))
+            patch, size = visual.patch_size[0], visual.image_size[0]
+            what = f"the image size (framesets of {rows} x {cols}, patches of {patch})"
+            check_divides(what, size, math.lcm(patch, rows, cols))
         super().__init__(visual, new_block, num_classes, num_frames, spatial_frames)
         self.rows, self.cols = rows, cols
         self.spatial, self.temporal = paths != "temporal", paths != "spatial"
@@ -152,13 +160,11 @@ class DualPath(FrameModel):
             self.images += num_frames // (rows * cols)
         d = visual.output_dim
         paths_joined = self.spatial + self.temporal
-        self.head = nn.Sequential(
-            nn.Linear(paths_joined * d, d), nn.GELU(), nn.Linear(d, num_classes)
-        )
+        hidden = nn.Linear(paths_joined * d, d)
+        self.head = nn.Sequential(hidden, nn.GELU(), nn.Linear(d, num_classes))
 
     def add_temporal_path(self, position_scale):
         visual, (H, W) = self.visual, self.visual.image_size
-        frameset(torch.empty(0, self.num_frames, 3, H, W), self.rows, self.cols)  # must divide
         patch, d = visual.patch_size[0], visual.widths[0]
         framesets = self.num_frames // (self.rows * self.cols)
         code = position_scale * position_code(framesets, H, W, patch, d, self.rows, self.cols)
@@ -168,7 +174,7 @@ class DualPath(FrameModel):
             class_token = visual.class_embedding + visual.positional_embedding[0]
             self.temporal_class_embedding = nn.Parameter(class_token.detach())
             code = nn.functional.pad(code, (0, 0, 1, 0))  # zero for the class token
-        code = code.to(self.mean.device)  # p^TP (T_G, L, d)
+        code = code.to(self.mean.device)  # (T_G, L, d)
         self.register_buffer("temporal_position", code, persistent=False)
 
     def features(self, video):
@@ -288,6 +294,7 @@ def load_checkpoint(path, backbone=None, pretrained=None):
             config["pretrained"] = pretrained or config["pretrained"]
         check_claims(path, config, content)
         model = build_model(**config)
+        model.config["pretrained"] = content["model"]["pretrained"]  # it says what the file holds
         load_weights(model, content, path)
     except (TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{path} is refused: its configuration makes no model: {error}") from error
@@ -318,8 +325,7 @@ def count_parameters(model):
 def count(model):
     """Images, parameters and multiply-accumulates of a clip, for a model on the meta device.
 
-    Three views are the test on all four benchmarks. Counted is what a training step runs: a CPU's
-    kernels for inference would hide theirs.
+    Counted is what a training step runs: a CPU's kernels for inference would hide theirs.
     """
     size = model.visual.image_size
     video = torch.zeros(1, model.num_frames, 3, *size, dtype=torch.uint8, device="meta")
@@ -339,13 +345,11 @@ def count(model):
 def variants(backbone, methods, frames):
     """(name, build_model's arguments) of the rows of the table, for the methods that take it."""
     left_out = [method for method in methods if METHODS[method].needs_class_token]
-    taken = [method for method in methods if method not in left_out]
-    if has_class_token(backbone) or not taken:
-        taken = methods
-    elif left_out:
+    if left_out not in ([], methods) and not has_class_token(backbone):  # all: build_model refuses
         print(f"{backbone} has no class token, which these need: {', '.join(left_out)}")
+        methods = [method for method in methods if method not in left_out]
     rows = []
-    for method in taken:
+    for method in methods:
         if method == "dualpath":
             rows += [(method, {"num_frames": T}) for T in frames]
             with_A_t0 = {"num_frames": frames[-1], "pre_attention_adapter": True}
@@ -371,8 +375,6 @@ def main(argv=None):
     add_report_options(parser.add_argument)
     args = parser.parse_args(argv)
     with one_sentence("model.py"):
-        if min(args.frames) < 1:
-            raise UserError("--frames are numbers from 1")
         result = []
         for backbone in args.backbone:
             rows = count_variants(backbone, args.method, args.frames)
@@ -389,8 +391,8 @@ def add_report_options(add):
     backbones = ["ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "swin_b", "ViT-B-16-SigLIP2"]
     add("--backbone", nargs="+", default=backbones, metavar="NAME", help="(%(default)s)")
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=names)
-    frames = [16, 32, 48]
-    add("--frames", nargs="+", type=int, default=frames, metavar="T", help="T (%(default)s)")
+    T, whole = [16, 32, 48], at_least(1)
+    add("--frames", nargs="+", type=whole, default=T, metavar="T", help="T (%(default)s)")
     add("--json", metavar="FILE", help="write the table to a file, too")
 
 

@@ -893,7 +893,7 @@ def test_two_processes_train_and_evaluate_as_one(micro, tmp_path):
     states, results = [], []
     for out in (one, two):
         states.append(read_checkpoint(f"{out}/last.pt")["training"]["optimizer"]["state"])
-        with open(f"{out}/last.folder.json") as file:
+        with open(f"{out}/last.folder-first7.json") as file:
             results.append(json.load(file) | {"checkpoint": ""})
     assert results[0]["videos"] == 7 and results[0] == results[1]
     for i, state in states[0].items():

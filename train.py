@@ -192,15 +192,15 @@ def train(args, rank, world_size, device):
                 if run.must_stop(unreadable, no_clips=video is None):  # all processes agree
                     break
                 seed = hash((args.seed, epoch * steps_per_epoch + run.step, rank))
-                torch.manual_seed(seed)  # for dropout
+                torch.manual_seed(seed)  # for dropout; Python salts the hashes of strings alone
                 loss_of_step = torch.zeros((), device=device)
                 parts = list(zip(video.split(micro_batch), label.split(micro_batch)))
                 for i, (video_part, label_part) in enumerate(parts):
                     video_part = video_part.to(device, non_blocking=True)  # (b, T, 3, S, S) uint8
                     label_part = label_part.to(device, non_blocking=True)
                     # Processes exchange gradients once a step, after its last part.
-                    is_last = world_size == 1 or i == len(parts) - 1
-                    exchange = contextlib.nullcontext() if is_last else net.no_sync()
+                    more_to_come = world_size > 1 and i < len(parts) - 1
+                    exchange = net.no_sync() if more_to_come else contextlib.nullcontext()
                     with exchange, torch.autocast(device.type, dtype, enabled=dtype is not None):
                         logits = net(video_part).float()  # (b, classes)
                         loss = F.cross_entropy(logits, label_part, reduction="sum") / len(video)

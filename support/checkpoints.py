@@ -114,18 +114,19 @@ def check_plain(content):
 
 def load_weights(model, content, path, head=True):
     """Copy a checkpoint's weights, or all but its head's, into a model that was built alike."""
-    theirs, ours = content["model"], model.config
-    if theirs["pretrained"] is not None and model.fingerprint != content["fingerprint"]:
-        raise UserError(
-            f"{path} is of {theirs['method']} around {theirs['backbone']!r} with weights"
-            f" {theirs['pretrained']!r}, other frozen weights than those of this"
-            f" {ours['method']} around {ours['backbone']!r}"
-        )
     own, weights = saved_weights(model), content["weights"]
     if not head:
         own = {k: v for k, v in own.items() if not k.startswith("head.")}
         weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
-    check_fit(own, weights, f"{path} does not fit the model")
+    configs = content["model"], model.config
+    theirs, ours = (f"{config['method']} around {config['backbone']!r}" for config in configs)
+    check_fit(own, weights, f"{path}, of {theirs}, does not fit this {ours}")
+    tag = content["model"]["pretrained"]
+    if tag is not None and model.fingerprint != content["fingerprint"]:
+        raise UserError(
+            f"{path}, of {theirs} with weights {tag!r}, needs other frozen weights, or another"
+            f" image size, than this {ours} has"
+        )
     model.load_state_dict(weights, strict=False)
 
 

@@ -131,6 +131,25 @@ def normalised(images, visual):
 
 
 # ---------------------------------------------------------------- the two paths
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        ({"image_size": 210}, r"4 x 4, patches of 14\) is 210, .* is 196 or 224"),
+        ({"image_size": 378}, "is 364 or 392"),
+        ({"spatial_frames": 10, "num_frames": 50}, r"framesets of 16, T_s = 10\) is 50, .* is 80"),
+        ({"spatial_frames": 10, "num_frames": 96}, "is 80 or 160"),
+    ],
+    ids=str,
+)
+def test_a_size_that_is_refused_comes_with_one_that_suits_both_paths(sizes, words):
+    refused = next(reversed(sizes))
+    with torch.device("meta"):
+        options = {"backbone": "ViT-L-14-quickgelu", "pretrained": None} | sizes
+        with pytest.raises(UserError, match=words) as error:
+            build_model(**options)
+        build_model(**options | {refused: int(str(error.value).split()[-1])})
+
+
 @pytest.mark.parametrize("method", ["dualpath", "linear", "full", "adaptformer"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_spatial_feature_starts_as_the_librarys_own(kind, method, plain, options):
@@ -651,9 +670,12 @@ def test_a_checkpoint_wants_the_frozen_weights_that_it_was_made_with(
     assert os.path.getsize(path) < 1 << 20
 
 
+@pytest.mark.parametrize("pretrained", [None, "here"])
 @pytest.mark.parametrize("kind", [*WITHOUT_CLASS_TOKEN, "class token"])
-def test_a_fully_tuned_checkpoint_holds_every_weight(kind, options, tmp_path):
-    model = randomise(build_model(**options(kind, method="full", pretrained=None))).eval()
+def test_a_fully_tuned_checkpoint_holds_every_weight(kind, pretrained, plain, options, tmp_path):
+    if pretrained:
+        plain(kind)
+    model = randomise(build_model(**options(kind, method="full", pretrained=pretrained))).eval()
     again = load_checkpoint(save(model, tmp_path / "a.pt"))[0]
     video = random_video(1)
     with torch.no_grad():

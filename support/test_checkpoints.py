@@ -21,7 +21,7 @@ import model as video_models
 from adapters import METHODS
 from conftest import HERE, THOROUGH, TINY, packed, random_video, randomise, save, seal, vit_folder
 from model import build_model, load_checkpoint
-from support.checkpoints import MARK, read_checkpoint
+from support.checkpoints import MARK, load_weights, read_checkpoint
 from support.errors import UserError
 from support.image_model import BACKBONES
 from support.scenes import draw_moving
@@ -52,7 +52,7 @@ def test_checkpoint_round_trip_gives_identical_logits(options, tmp_path):
     video = random_video()
     assert torch.equal(model(video), again(video)) and not again.training
     assert content["run"] == {"classes": [f"class {i}" for i in range(8)], "views": (3, 1)}
-    assert again.config == content["model"] | {"pretrained": again.config["pretrained"]}
+    assert again.config == content["model"]
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     saves_all = "pretrained" in options or not frozen  # random weights are nowhere else
     assert (frozen <= content["weights"].keys()) == saves_all
@@ -75,6 +75,9 @@ def test_other_frozen_weights_are_refused(tmp_path):
     safetensors.torch.save_file(state, other / "open_clip_model.safetensors")
     with pytest.raises(UserError, match="other frozen weights"):
         load_checkpoint(path, backbone=f"local-dir:{other}")
+    one_path = build_model(**TINY | {"paths": "temporal"})  # around the same frozen weights
+    with pytest.raises(UserError, match="A_s1.down.weight is not expected"):
+        load_weights(one_path, read_checkpoint(path), path, head=False)
 
 
 # ---------------------------------------------------------------- and what was written long ago

@@ -69,13 +69,13 @@ FOLDER_MISTAKES = [
     (["--init", "text.mp4"], "text.mp4 is not a checkpoint"),
     (
         ["--init", "run/best.pt", "--method", "aim"],
-        "run/best.pt is of dualpath around .* than those of this aim around 'tiny'",
+        "run/best.pt, of dualpath around .*, does not fit this aim around 'tiny'",
     ),
 ]
 MODEL_MISTAKES = [
-    (["--frames", "15"], "frames is 15, .* 12 or 16"),
+    (["--frames", "15"], r"T_s = 4\) is 15, .* works is 16"),
     (["--frames", "20"], "20, .* 16 or 32"),
-    (["--spatial-frames", "3"], "16, which does not divide by 3"),
+    (["--spatial-frames", "3"], "16, which is not a multiple of 48"),
     (["--size", "100"], "100.*96 or 104"),
     (["--method", "aim", "--paths", "spatial"], "paths is 'spatial'; it is both"),
     (["--backbone", "ViT-B16"], "no model 'ViT-B16'; near: ViT-B-16"),
@@ -182,7 +182,7 @@ def test_without_a_compiler_there_is_a_sentence(micro, tmp_path, monkeypatch):
         ("tools.check_data", ["--data", "k400"], "data/k400 is not there"),
         ("tools.check_data", ["--frames", "15"], "15"),
         ("model", ["--backbone", "x"], "no model 'x'"),
-        ("model", ["--backbone", "tiny", "--frames", "0"], "--frames are numbers from 1"),
+        ("model", ["--backbone", "tiny", "--frames", "0"], "from 1 to inf"),
         ("model", ["--backbone", "tiny", "--json", "/no/where/x"], "/no/where/x"),
     ],
     ids=as_name,

@@ -123,7 +123,7 @@ def test_init_starts_from_another_runs_weights_with_a_new_head(micro, tmp_path):
         if not name.startswith("head."):
             assert torch.equal(weight, weights[name])
     assert weights["head.2.weight"].shape[0] == 8
-    with pytest.raises(SystemExit, match="does not fit the model.*missing"):
+    with pytest.raises(SystemExit, match="does not fit this dualpath.*missing"):
         train.main(SMALL + [*init, "--out", two, "--pre-attention-adapter"])
 
 

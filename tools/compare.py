@@ -38,8 +38,11 @@ def find_folds(args):
     roots = []
     for pattern in args.root or [os.path.join("data", args.data)]:
         roots += sorted(glob.glob(pattern)) or [pattern]
-    split = train.parse(["--data", args.data, *args.options]).split
-    folds = {root: find_videos(args.data, root, split) for root in roots}
+    for_all = train.parse(["--data", args.data, *args.options])
+    folds = {}
+    for root in roots:
+        videos = find_videos(args.data, root, for_all.split)
+        folds[root] = videos._replace(val=videos.val[: for_all.limit])
     return folds, os.path.commonpath([os.path.abspath(root) for root in roots])
 
 
@@ -92,20 +95,20 @@ def new_job(args, row, method, seed, root, videos, base):
     words += args.options + args.row_options.get(row, [])
     parsed = train.parse(words)
     planned = {"data": args.data, "root": root, "method": method, "seed": seed}
-    for name, value in (planned | {"split": for_all.split}).items():
+    planned |= {"split": for_all.split, "limit": for_all.limit}
+    for name, value in planned.items():
         if getattr(parsed, name) != value:
             raise UserError(f"--{name} of {row} must be {value}, not {getattr(parsed, name)}")
     name = f"{row}-{os.path.basename(os.path.normpath(root))}-s{seed}"
     result = os.path.join(args.results, name)
     shuffled = f"{result}.shuffled.csv" if args.shuffled else None
-    validated = videos.val[: parsed.limit]
     return Job(
         row=row,
         seed=seed,
         words=words,
         root=root,
         fold=os.path.relpath(root, base),
-        classes={os.path.relpath(path, root): videos.classes[c] for path, c in validated},
+        classes={os.path.relpath(path, root): videos.classes[c] for path, c in videos.val},
         digests={"training videos": digest(videos.train[: parsed.limit])}
         | digests_of_files(parsed),
         folder=os.path.join(args.runs, name),
@@ -154,9 +157,12 @@ def class_names(text):
 
 
 def words_of(text):
-    """'lr=0.05 paths=spatial serial-skip' → ['--lr', '0.05', '--paths', 'spatial', …]"""
+    """'lr=0.05 stride=1 2 serial-skip' → ['--lr', '0.05', '--stride', '1', '2', …]"""
     words = []
     for part in shlex.split(text):
+        if part[:1].isdigit():  # one more value of the option before it
+            words.append(part)
+            continue
         name, equals, value = part.partition("=")
         words.append(f"--{name.replace('_', '-')}")
         if equals:

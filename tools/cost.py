@@ -195,8 +195,6 @@ def main(argv=None):
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
     with one_sentence("cost.py"):
-        if min(args.frames) < 1:
-            raise UserError("--frames are numbers from 1")
         result = vars(args) | {"torch": str(torch.__version__), "device": machine}
         result |= {"type": str(dtype), "rows": []}
         for backbone in args.backbone:

@@ -53,7 +53,7 @@ def learned_from(words):
     options = vars(train.parse(words))
     kept = {name: options[name] for name in options if name not in FREE or name == "init"}
     for name in STARTS:  # in another checkout they may lie elsewhere
-        if kept[name]:
+        if kept[name] and not kept[name].startswith("hf-hub:"):
             path = os.path.normpath(kept[name].removeprefix("local-dir:"))
             kept[name] = os.path.basename(path)
     return json.loads(json.dumps(kept))

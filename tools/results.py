@@ -124,17 +124,17 @@ def group_of(video, pattern):
     return found and (found.groups() or found[0])
 
 
-def paired_difference(seeds, other_seeds, pattern=None):
+def paired_difference(own, other, pattern=None):
     """(difference, its 95 % interval) of two methods' accuracies over the same videos, in points.
 
-    seeds: pooled answers, one for each seed; correctness is averaged over them. The interval is a
-    bootstrap's over groups, since videos of one group are right and wrong together.
+    own, other: lists of pooled answers, one for each seed; correctness is averaged over seeds. The
+    interval is a bootstrap's over groups, since videos of one group are right and wrong together.
     """
     differences = {}
-    for video in seeds[0]:
-        own = mean(top1(*answers[video]) for answers in seeds)
-        other = mean(top1(*answers[video]) for answers in other_seeds)
-        differences.setdefault(group_of(video, pattern), []).append(own - other)
+    for video in own[0]:
+        own_mean = mean(top1(*answers[video]) for answers in own)
+        other_mean = mean(top1(*answers[video]) for answers in other)
+        differences.setdefault(group_of(video, pattern), []).append(own_mean - other_mean)
     sums = np.array([sum(group) for group in differences.values()])
     sizes = np.array([len(group) for group in differences.values()])
     rng, resampled = np.random.default_rng(0), []

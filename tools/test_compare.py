@@ -123,6 +123,12 @@ def test_a_result_survives_its_file(tmp_path):
             results.read_result(str(tmp_path / "r.csv"))
 
 
+def test_an_option_of_a_row_may_have_several_values():
+    words = compare.words_of("sampling=dense stride=1 2 4 8 serial_skip 'out=a b'")
+    want = ["--sampling", "dense", "--stride", "1", "2", "4", "8", "--serial-skip", "--out", "a b"]
+    assert words == want
+
+
 # ---------------------------------------------------------------- whole comparisons
 @pytest.fixture
 def folds(micro, tmp_path, monkeypatch):
@@ -338,6 +344,8 @@ def test_where_the_image_model_lies_does_not_matter():
     assert jobs.learned_from(here) == jobs.learned_from(there)
     assert jobs.learned_from(here)["backbone"] == "vit"
     assert jobs.learned_from(here) != jobs.learned_from(["--backbone", "local-dir:other"])
+    hubs = (["--backbone", f"hf-hub:{owner}/vit"] for owner in ("one", "other"))
+    assert jobs.learned_from(next(hubs)) != jobs.learned_from(next(hubs))
     assert jobs.learned_from(["--init", "a/best.pt"])["init"] == "best.pt"
     named = jobs.digests_of_files(train.parse([]))
     assert named == {}, "an image model with a name is no file"
@@ -400,6 +408,8 @@ MISTAKES = [
     (command("--group", "nothing"), "--group nothing finds nothing in "),
     (command("--group", "("), "'(' is no regular expression: "),
     (command("--leave-out", "mp4"), "--leave-out mp4 leaves no video"),
+    (command("--leave-out", "down", options=["--limit", "1"]), "--leave-out down leaves no video"),
+    (command("--set", "linear", "limit=2"), "--limit of linear must be 8, not 2"),
     (command(options=["--seed", "5"]), "--seed of dualpath must be 0, not 5"),
     (command("--set", "linear", "method=aim"), "--method of linear must be linear, not aim"),
     (command(options=["--split", "2"]), "--split chooses"),
