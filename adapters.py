@@ -1,6 +1,6 @@
 """What each method puts around a frozen transformer block: DualPath, then its peers.
 
-    python adapters.py        # prints the tuned parameters in the blocks of each method
+    python adapters.py        # prints the parameters that each method adds to the blocks
 
 Symbols are the paper's: A is an adapter; x are tokens of frames (DualPath's spatial path), z those
 of framesets (its temporal path); MHA, MLP, LN1 and LN2 are the frozen parts of one block of the
@@ -403,7 +403,7 @@ METHODS = {
 
 
 def main():
-    print("tuned parameters in the blocks of each method, at its own width")
+    print("parameters that each method adds to the blocks, at its own width")
     for vit, d, layers in (("ViT-B", 768, 12), ("ViT-L", 1024, 24)):
         blocks = {"dualpath": DualPathBlock(d)}
         blocks["dualpath+A_t0"] = DualPathBlock(d, pre_attention_adapter=True)

@@ -209,7 +209,7 @@ class Views(NamedTuple):
 
 
 class VideoViews(torch.utils.data.Dataset):
-    """Item i → Views of the i-th video, from one decode.
+    """Item i → Views of the i-th video, which is read once.
 
     views: (clips, crops). Clips are spread evenly over the video (dense) or over each segment
     (uniform), crops along the longer side.

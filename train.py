@@ -6,8 +6,8 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
         --rdzv_endpoint=HOST:29500 train.py --data k400          # two nodes, the same line on both
 
-Every option has its default from the recipe of the data set, below. A run that was cut off,
-anywhere, goes on with --resume.
+A data set's recipe, below, sets the defaults of its options. A run that was cut off, anywhere, goes
+on with --resume.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ RECIPES = {
         views=(1, 3),         # code
     ),
     "hmdb51": dict(
-        split=1,
+        split=1,              # the first of three
         frames=16,            # code
         sampling="dense",     # code
         stride=(1, 2, 4, 8),  # code: drawn from these

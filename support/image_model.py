@@ -49,7 +49,7 @@ def load_image_model(backbone, pretrained, image_size=None):
 
 
 def has_class_token(backbone):
-    """It is built to see, without memory, weights or a download."""
+    """Found by building it, without memory, weights or a download."""
     with torch.device("meta"):
         return load_image_model(backbone, None).class_embedding is not None
 
@@ -154,7 +154,7 @@ def check_backbone(name):
 
 
 def fits_timm(name):
-    """Is its trunk a plain ViT? It is built to see, without memory and weights."""
+    """Is its trunk a plain ViT? Found by building it, without memory and weights."""
     try:
         with silent_log(), torch.device("meta"):
             clip = open_clip.create_model(name, device="meta", load_weights=False, text_cfg=NO_TEXT)

@@ -17,7 +17,8 @@ class HelpLines(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=36, width=131)
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False:  # "not given": the text tells
+        switch = isinstance(action, argparse.BooleanOptionalAction)
+        if action.default is None or (action.default is False and not switch):  # "not given"
             return action.help
         if isinstance(action.default, tuple):
             separator = " " if action.nargs else "x"
@@ -238,7 +239,7 @@ def add_clip_options(add):
         "--augment",
         choices=("rand", "crop", "translate"),
         default="rand",
-        help="rand: crop, too; or shifts alone",
+        help="rand: crops and RandAugment; crop: crops alone; translate: shifts alone",
     )
     add(
         "--crop-area",

@@ -1,7 +1,8 @@
 """Exact frames out of video files: the same pixels as decoding the whole file, for less work.
 
-Only the packets that the wanted frames depend on are decoded. Files come from anywhere, so sizes
-and times are limited, and whatever is wrong with one is a VideoError that names it.
+Only the packets that the wanted frames depend on are decoded, if packets tell which frames there
+are; else the whole file is. Files come from anywhere, so sizes and times are limited, and whatever
+is wrong with one is a VideoError that names it.
 """
 
 import bisect

@@ -11,7 +11,7 @@
     widths                   their d; 0 for what is no transformer block and changes the shape
     feature(tokens)          (N, L, d) behind the last block → (N, output_dim)
 
-A block has ln_1, attn, ls_1, ln_2, mlp and ls_2, as open_clip's have.
+A block has ln_1, attn, ln_attn, ls_1, ln_2, mlp and ls_2, by open_clip's names.
 """
 
 from open_clip.timm_model import TimmModel

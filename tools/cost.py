@@ -179,7 +179,7 @@ def parse(argv):
     )
     add, whole = parser.add_argument, options.at_least(1)
     add_report_options(add)
-    batch = "clips per step; less if memory runs out (%(default)s)"
+    batch = "clips per step; give fewer if memory runs out (%(default)s)"
     add("--batch", type=whole, default=1, metavar="N", help=batch)
     add("--rounds", type=whole, default=5, metavar="N", help="all take turns in (%(default)s)")
     for option in ("--compile", "--checkpoint-activations"):

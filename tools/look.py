@@ -55,6 +55,8 @@ def attention(model, video):
     hearing = attn.register_forward_hook(hear)
     with asking, hearing, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         model.eval()(video)
+    if not seen:
+        raise UserError(f"{model.config['method']} computes attention without weights: no picture")
     # AIM's last call is over space; VPT's prompts come last.
     patches = seen[-1][:, 0, 1 : 1 + math.prod(size)].unflatten(1, size)
     shares = patches / patches.sum((1, 2), keepdim=True)

@@ -2,8 +2,8 @@
 
     python -m tools.make_tiny              # 15 minutes on two CPU cores
 
-Either one striped thing, class = its texture and cell (4 x 4); or a sheet of 16 small ones, class =
-the ninth of their little frames that all are in, each at its own place there. A still is a clip of
+Either one striped thing, class = its texture and cell (4 x 4); or a sheet of 16 small ones, each in
+a little frame of its own, all in the same cell (3 x 3), which is the class. A still is a clip of
 one frame, so train.py's `full` trains on them.
 """
 
