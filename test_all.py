@@ -45,8 +45,6 @@ from support.image_model import BACKBONES
 from support.layouts import find_videos
 
 PEERS = [method for method in METHODS if method != "dualpath"]
-
-
 STARTS_ELSEWHERE = {"vpt"}  # its prompts are random; all others start as the image model
 
 
@@ -126,12 +124,12 @@ def test_position_code_is_the_mean_over_pixels_of_the_pixels_codes(
 def test_adapter_is_its_equation_and_starts_as_nothing():
     A = adapters.Adapter(12, 5).double().eval()
     x = torch.randn(3, 7, 12, dtype=torch.float64)
-    assert (A(x) == 0).all() and A.down.weight.abs().max() > 0
+    assert (A(x) == 0).all() and 0.25 < A.down.weight.abs().max() <= 12**-0.5
     randomise(A)
     hidden = x @ A.down.weight.T + A.down.bias
     gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     torch.testing.assert_close(A(x), gelu @ A.up.weight.T + A.up.bias)
-    assert A.train()(x).ne(A(x)).any()  # dropout
+    assert A.train()(x).ne(A(x)).any() and A.dropout.p == 0.1
 
 
 def naive_MHA(block, x, heads=3):
@@ -455,7 +453,6 @@ UNREAD = {"protuning": "blocks.3.", "st_adapter": "blocks.3.A_2."}
 @pytest.mark.parametrize("options", EVERY_MODEL, ids=str)
 def test_gradients_reach_what_is_trained_and_nothing_else(options):
     model = randomise(build_model(**TINY, **options))
-    before = {name: p.clone() for name, p in model.named_parameters()}
     F.cross_entropy(model(random_video(4)), torch.arange(4)).backward()
     unread = UNREAD.get(options.get("method"), "none")
     for name, p in model.named_parameters():
@@ -463,7 +460,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(options):
             assert p.grad is not None, name
             assert (p.grad.abs().max() > 0) == (not name.startswith(unread)), name
         else:
-            assert p.grad is None and torch.equal(p, before[name]), name
+            assert p.grad is None, name
 
 
 @pytest.mark.parametrize("options", EVERY_MODEL, ids=str)
@@ -488,6 +485,7 @@ def test_what_a_method_trains_is_what_it_says(options):
         assert ("temporal_class_embedding" in elsewhere) == (paths != "spatial")
         assert any(".A_t" in name for name in of_blocks) == (paths != "spatial")
         assert any(".A_s" in name for name in of_blocks) == (paths != "temporal")
+        assert model.blocks[0].serial_skip == options.get("serial_skip", False)
 
 
 def same(a, b):
@@ -515,12 +513,13 @@ def test_paths_and_clips_do_not_leak_into_each_other():
 @pytest.mark.parametrize("method", METHODS)
 def test_shuffled_frames_change_what_knows_time_and_nothing_else(method):
     knows_time = method == "dualpath" or METHODS[method].looks_across_frames
-    frames = 16 if method == "dualpath" else 4  # the others see all frames
+    frames = 32 if method == "dualpath" else 4  # two framesets; the others see all frames
     model = randomise(build_model(**TINY | {"num_frames": frames, "method": method})).eval()
     video = random_video(2, frames)
     order = torch.arange(frames).roll(1).view(2, -1).T.flatten()
     with torch.no_grad():
         want, got = model(video), model(video[:, order])
+        torch.testing.assert_close(model(video[1:]), want[1:], rtol=1e-4, atol=1e-5)
     difference = ((got - want).norm() / want.norm()).item()
     assert difference > 1e-3 if knows_time else difference <= 1e-5
 
@@ -548,7 +547,9 @@ def test_st_adapter_averages_tokens_and_the_others_features(method):
 
 
 def test_aim_knows_time_by_its_temporal_embedding_alone():
-    model = randomise(build_model(**TINY | {"num_frames": 4, "method": "aim"})).eval()
+    options = {"num_frames": 4, "method": "aim", "aim_scale": 2}
+    model = randomise(build_model(**TINY | options)).eval()
+    assert model.blocks[0].s == 2
     video = random_video(2, 4)
     with torch.no_grad():
         model.temporal_embedding.zero_()
@@ -563,11 +564,9 @@ def test_a_still_is_a_clip_of_one_frame():
     assert build_model(**TINY | options)(random_video(2, 1)).shape == (2, 8)
 
 
-def test_the_image_models_own_dropout_stays_off(tmp_path):
-    backbone = vit_folder(tmp_path, patch_dropout=0.5)
-    model = build_model(**TINY | {"backbone": backbone, "pretrained": None, "dropout": 0.0})
-    video = random_video(size=32)
-    assert model.train().training and torch.equal(model(video), model(video))
+def test_the_image_models_own_dropout_stays_off():
+    model = build_model(**TINY).train()
+    assert model.training and not any(part.training for part in model.visual.modules())
 
 
 def test_wrong_video_is_refused():
@@ -588,8 +587,8 @@ def test_another_image_size_interpolates_the_position_embedding():
     "options, words",
     [
         ({"num_frames": 20}, "20.*16 or 32"),
-        ({"spatial_frames": 3}, "16.*3.*15 or 18"),
-        ({"image_size": 72, "num_frames": 20, "rows": 5}, "72.*5.*70 or 75"),
+        ({"spatial_frames": 3}, "16, T_s = 3.*is 16,.* is 48"),
+        ({"image_size": 72, "num_frames": 20, "rows": 5}, "5 x 4.*72.*40 or 80"),
         ({"method": "magic"}, "magic"),
         ({"method": "linear", "paths": "spatial"}, "spatial"),
     ],
@@ -685,6 +684,8 @@ def test_train_then_evaluate(micro, tmp_path, capsys):
     assert [line["epoch"] for line in log] == [1, 2]
     assert [line["lr"] for line in log] == pytest.approx([3.125e-5, 3.125e-5 / 2])
     assert 1.5 < log[0]["train_loss"] < 3
+    groups = read_checkpoint(f"{out}/last.pt")["training"]["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.05, 0]
     for line in log:
         assert 0 <= line["val_top1"] <= line["val_top5"] <= 1
         assert line["clips_per_second"] > 0 and line["seconds"] > 0
@@ -709,9 +710,7 @@ def test_train_then_evaluate(micro, tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "method", [name for name in METHODS if name not in ("dualpath", "linear", "full")]
-)
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dualpath", "linear", "full")])
 def test_every_method_trains_and_is_evaluated(method, micro, tmp_path, capsys):
     out = str(tmp_path / "run")
     options = ["--method", method, "--before", "both", "--pre-attention-adapter"]
@@ -769,7 +768,7 @@ def test_no_weight_decay_on_biases_norms_tokens_and_positions(method):
 
 # ---------------------------------------------------------------- evaluate.py
 def test_scores_are_averaged_over_views(micro):
-    model = randomise(build_model(**TINY)).eval()
+    model = randomise(build_model(**TINY))  # in train mode, with dropout
     test_views = VideoViews(find_videos("folder", micro).val, 16, 64, views=(2, 3))
     rows = predict(model, test_views, CPU, batch=3)
     assert [row.index for row in rows] == list(range(8))

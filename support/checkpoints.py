@@ -25,6 +25,11 @@ def saved_weights(model):
     return {k: v.detach() for k, v in state.items() if v.requires_grad or everything}
 
 
+def normalisation(model):
+    """What a file of weights does not tell, and no weight shows."""
+    return [list(model.visual.image_mean), list(model.visual.image_std)]
+
+
 def save_checkpoint(path, model, settings, training=None):
     """Write what was trained, atomically; raises UserError, upon which the old file stays.
 
@@ -36,6 +41,7 @@ def save_checkpoint(path, model, settings, training=None):
         "model": model.config,
         "weights": saved_weights(model),
         "fingerprint": model.fingerprint,
+        "normalisation": normalisation(model),
         "run": settings,
         "training": training,
         "versions": {"torch": str(torch.__version__), "open_clip": open_clip.__version__},
@@ -121,6 +127,12 @@ def load_weights(model, content, path, head=True):
     configs = content["model"], model.config
     theirs, ours = (f"{config['method']} around {config['backbone']!r}" for config in configs)
     check_fit(own, weights, f"{path}, of {theirs}, does not fit this {ours}")
+    pixels = content.get("normalisation")  # older checkpoints do not have it
+    if pixels not in (None, normalisation(model)):
+        raise UserError(
+            f"{path} was trained on pixels of mean and deviation {pixels}, and this {ours} has"
+            f" {normalisation(model)}"
+        )
     tag = content["model"]["pretrained"]
     if tag is not None and model.fingerprint != content["fingerprint"]:
         raise UserError(

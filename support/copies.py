@@ -80,7 +80,8 @@ def encode(frames, rate, short_side):
 
 def frame_rate(path):
     with one_error(path), open_video(path) as container:
-        rate = container.streams.best("video").average_rate or RATE
+        stream = container.streams.best("video")  # None: every_frame says so
+        rate = RATE if stream is None else stream.average_rate or RATE
     return Fraction(rate).limit_denominator(1001) or RATE
 
 

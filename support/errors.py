@@ -1,6 +1,7 @@
 """The one kind of mistake that a user can mend: one clear sentence, and no traceback."""
 
 import contextlib
+import sys
 from concurrent.futures import BrokenExecutor
 
 
@@ -18,6 +19,8 @@ MENDABLE = (UserError, OSError, BrokenExecutor)
 @contextlib.contextmanager
 def one_sentence(script):
     """End the program with `script: what is wrong` if the user can mend what is raised inside."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
     try:
         yield
     except MENDABLE as error:

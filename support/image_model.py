@@ -18,6 +18,7 @@ from torchvision.ops import StochasticDepth
 
 from support.checkpoints import check_fit
 from support.errors import UserError
+from support.processes import say
 from support.towers import check_windows, is_plain, tower
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -60,7 +61,7 @@ def load_plain_model(backbone, pretrained, image_size=None):
         return load_swin(backbone, pretrained, image_size)
     name = BACKBONES.get(backbone, backbone)
     brings_weights = ":" in name
-    is_file = not brings_weights and pretrained is not None and os.path.isfile(pretrained)
+    is_file = pretrained is not None and os.path.isfile(pretrained)
     check_backbone(name)
     if pretrained is not None and not brings_weights and not is_file:
         check_tag(name, pretrained)
@@ -82,10 +83,14 @@ def load_plain_model(backbone, pretrained, image_size=None):
     except Exception as error:  # "no network" alone has dozens of types
         hint = download_hint(name, pretrained)
         raise UserError(f"cannot load the image model {backbone!r}{hint}: {error}") from error
-    if is_file:
-        load_tower(clip, pretrained, backbone, image_size)
-    if resize_last and image_size is not None:
-        clip.visual.set_input_size(image_size)
+    try:
+        if is_file:
+            load_tower(clip, pretrained, backbone, image_size)
+        if resize_last and image_size is not None:
+            clip.visual.set_input_size(image_size)
+    except RuntimeError as error:  # such as an image smaller than a patch
+        size = image_size or "its own size"
+        raise UserError(f"{backbone!r} at {size} does not take {pretrained}: {error}") from error
     return clip.visual
 
 
@@ -178,6 +183,7 @@ def check_tag(name, tag):
         fits = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False) == quick
     else:
         fits = tag not in open_clip.list_pretrained_tags_by_model(other)
+    fits = fits or other not in open_clip.list_models()  # then the name has one activation alone
     if not fits:
         theirs = "GELU" if quick else "QuickGELU"
         raise UserError(
@@ -203,9 +209,9 @@ def load_tower(clip, path, backbone, image_size):
     check_fit(clip.visual.state_dict(), weights, f"{path} does not fit {backbone}")
     clip.visual.load_state_dict(weights)
     native = not hasattr(clip.visual, "trunk")  # timm's all use GELU
-    if native and os.environ.get("RANK", "0") == "0":  # once, not once per process
+    if native:
         activation = type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__
-        print(
+        say(
             f"note: {path} cannot tell its activation; OpenAI's, dfn2b's and metaclip's weights"
             f" want a -quickgelu backbone, and {backbone} uses {activation}"
         )

@@ -134,7 +134,7 @@ def add_run_options(parser):
     add("--limit", type=at_least(1), metavar="N", help="the first N videos of each list (all)")
     add(
         "--seed",
-        type=at_least(0),
+        type=number(0, 2**63 - 1, int),
         default=0,
         metavar="N",
         help="of order, augmentation, dropout and new weights",

@@ -24,8 +24,7 @@ def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
         try:  # something small, so that a missing compiler is a sentence now
             torch.compile(torch.neg)(model.mean)
         except Exception as error:  # each backend raises its own kinds
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--compile does not work on this machine: {reason}") from error
+            raise UserError(f"--compile does not work on this machine: {error}") from error
         # It would cut the (small) graphs for DDP and, past its limit, go on without compiling.
         dynamo = torch._dynamo.config
         dynamo.optimize_ddp, dynamo.recompile_limit = False, 64

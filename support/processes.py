@@ -16,7 +16,7 @@ from support.errors import MENDABLE, UserError
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, a scheduler's, Slurm's warning
 STOPPED = (130, 143)  # the exit statuses that a shell expects after SIGINT and SIGTERM
 # gloo raises a bare RuntimeError when another process is gone: only its words tell.
-LOST = "peer|roken pipe|imed out|remote process|ddress already in use|port: "
+LOST = "by peer|broken pipe|timed out|remote process|address already in use|, port: "
 
 
 def choose_device(name):
@@ -62,7 +62,7 @@ def processes(script, device_name="auto"):
     """(rank, world_size, device), in a process group exactly if torchrun started us."""
     try:
         device = choose_device(device_name)
-        if "RANK" in os.environ:
+        if "WORLD_SIZE" in os.environ:
             join_group(device)
         with on_signals(sys.exit):
             yield rank(), world_size(), device
@@ -115,10 +115,10 @@ def leave_group():
 def explain(error):
     """One sentence for what the user can mend, or None."""
     lines = str(error).strip().split("\n")
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in lines[0]:
         return f"{lines[0]} (a smaller --micro-batch or --batch takes less memory)"
     if isinstance(error, MENDABLE):
-        return lines[-1]
+        return lines[-1]  # behind where it was raised, if that was in a process that reads videos
     if not isinstance(error, RuntimeError):
         return None
     if "DataLoader worker (pid" in lines[0]:
@@ -126,7 +126,7 @@ def explain(error):
             "a process that reads videos has died; if memory ran out, use fewer --workers"
             f" ({lines[0]})"
         )
-    if "RANK" in os.environ and re.search(LOST, str(error)):
+    if "WORLD_SIZE" in os.environ and re.search(LOST, str(error), re.IGNORECASE):
         return (
             f"process {os.environ['RANK']} lost another, which may say why (port in use:"
             f" --standalone): {lines[0]}"

@@ -23,7 +23,7 @@ def in_parallel(work, jobs, title, workers=None):
     workers: their number, eight at most if it is not given.
     """
     workers = workers or min(8, os.cpu_count())
-    chunk = max(1, min(16, len(jobs) // (4 * workers)))  # of jobs, handed over at once
+    chunk = max(1, min(4, len(jobs) // (4 * workers)))  # of jobs, handed over at once
     with concurrent.futures.ProcessPoolExecutor(workers, initializer=one_of_many) as pool:
         results = pool.map(work, jobs, chunksize=chunk)
         yield from tqdm(results, title, len(jobs), unit="video", **BAR)

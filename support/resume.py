@@ -1,10 +1,13 @@
 """Which checkpoint a run continues from, and whether it may."""
 
 import os
+import re
 
 from support.checkpoints import read_checkpoint
 from support.errors import UserError
+from support.processes import say
 
+OURS = r"(last|best)\.(pt|pt\.tmp|.+\.json)|log\.jsonl(\.tmp)?|failed\.txt"  # files of a run
 # Options that may differ between a run and its continuation.
 FREE = (
     "out root init resume overwrite workers micro_batch compile checkpoint_activations save_every"
@@ -18,8 +21,9 @@ def find_checkpoint(args, defaults):
     A run that is in the way is refused: two in one folder would spoil each other. defaults: of
     options, for those that are younger than the run.
     """
-    last, best, log = (os.path.join(args.out, n) for n in ("last.pt", "best.pt", "log.jsonl"))
-    occupied = any(os.path.exists(path) for path in (last, best, log))
+    last = os.path.join(args.out, "last.pt")
+    names = os.listdir(args.out) if os.path.isdir(args.out) else []
+    occupied = any(re.fullmatch(OURS, n) and not n.endswith(".tmp") for n in names)
     path = last if args.resume is True else args.resume
     if path is not None and (args.resume is not True or os.path.exists(last)):
         content = read_checkpoint(path)
@@ -27,12 +31,13 @@ def find_checkpoint(args, defaults):
         if os.path.abspath(path) == os.path.abspath(last) or not occupied:
             return content
     if occupied and not args.overwrite:
+        resume = "--resume continues it" if os.path.exists(last) else "no last.pt to resume from"
         raise UserError(
-            f"{args.out} holds a run already: --resume continues it, --overwrite deletes it,"
-            " --out DIR goes elsewhere"
+            f"{args.out} holds a run already: {resume}, --overwrite deletes it, --out DIR goes"
+            " elsewhere"
         )
-    if args.resume and os.environ.get("RANK", "0") == "0":
-        print(f"note: there is no {last} to resume from, so the run starts afresh")
+    if args.resume:
+        say(f"note: there is no {last} to resume from, so the run starts afresh")
     return None
 
 

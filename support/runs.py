@@ -16,8 +16,8 @@ import torch
 from support.checkpoints import save_checkpoint
 from support.errors import UserError
 from support.processes import all_sum, gather, in_turn, on_signals, rank, say, world_size
+from support.resume import OURS
 
-OURS = r"(last|best)\.(pt|pt\.tmp|.+\.json)|log\.jsonl(\.tmp)?|failed\.txt"  # files of a run
 COUNTERS = ("epoch", "step", "loss_sum", "failed", "best", "log")
 MAX_FAILED = 0.05  # the share of training videos that may be unreadable
 STEPS_PER_CHECK = 20  # reading a loss waits for the device
@@ -169,7 +169,8 @@ class Run:
         taken = max((int(kept["step"]) for kept in optimizer.state.values()), default=0)
         line = {
             "epoch": self.epoch + 1,
-            "lr": schedule.base_lrs[0] * schedule.lr_lambdas[0](schedule.last_epoch - 1),
+            "lr": schedule.base_lrs[0]
+            * schedule.lr_lambdas[0](schedule.last_epoch - 1),  # last step's
             "train_loss": self.loss_sum / self.step,
             "val_top1": scores["top1"],
             "val_top5": scores["top5"],

@@ -39,10 +39,10 @@ def write_predictions(path, rows, samples, classes):
     for i in range(1, 1 + min(5, len(classes))):
         header += [f"class{i}", f"score{i}"]
     with open(path, "w", newline="", errors="surrogateescape") as out:
-        table = csv.writer(out)
-        table.writerow(header)
+        lines = csv.writer(out, lineterminator="\n")
+        lines.writerow(header)
         for row in rows:
             cells = [samples[row.index][0], classes[row.label]]
             for c, score in zip(row.classes, row.scores):
                 cells += [classes[c], f"{score:.6f}"]
-            table.writerow(cells)
+            lines.writerow(cells)

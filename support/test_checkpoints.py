@@ -3,6 +3,7 @@
 import copy
 import csv
 import io
+import json
 import os
 import pickle
 import resource
@@ -74,6 +75,13 @@ def test_other_frozen_weights_are_refused(tmp_path):
     state["visual.proj"][3, 5] += 1e-3
     safetensors.torch.save_file(state, other / "open_clip_model.safetensors")
     with pytest.raises(UserError, match="other frozen weights"):
+        load_checkpoint(path, backbone=f"local-dir:{other}")
+    with open(other / "open_clip_config.json") as file:
+        config = json.load(file)
+    config["preprocess_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    shutil.copytree(BACKBONES["tiny"].removeprefix("local-dir:"), other, dirs_exist_ok=True)
+    (other / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"pixels of mean .* and this dualpath .* has \[\[0.1, 0.2"):
         load_checkpoint(path, backbone=f"local-dir:{other}")
     one_path = build_model(**TINY | {"paths": "temporal"})  # around the same frozen weights
     with pytest.raises(UserError, match="A_s1.down.weight is not expected"):

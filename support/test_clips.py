@@ -287,11 +287,15 @@ def test_views_and_clips_ask_for_their_frames(monkeypatch):
     assert clips == [[5, 35, 65, 95], [15, 45, 75, 105], [25, 55, 85, 115]]
     assert ask("dense", (1, 3)) == [[56, 58, 60, 62]]
     for sampling in ("dense", "uniform"):
-        clips, starts = data.TrainingClips([("a", 0)], 4, 32, sampling, (2,), "crop"), []
+        clips = data.TrainingClips([("a", 0)], 4, 32, sampling, (2,), "crop")
+        starts, gaps = [], set()
         for epoch in range(50):
             assert clips[epoch, 0][0].shape == (4, 3, 32, 32)
-            starts.append(asked.pop()[0])
+            numbers = asked.pop()
+            starts.append(numbers[0])
+            gaps.add(int(numbers[1] - numbers[0]))
         assert len(set(starts)) > 15 and min(starts) < 10
+        assert (len(gaps) > 10) == (sampling == "uniform")  # a place of its own in each segment
         assert max(starts) > (100 if sampling == "dense" else 20)
 
 

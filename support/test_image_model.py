@@ -9,6 +9,7 @@ import torch
 
 from conftest import SHARED, TINY, needs_shared, random_video, vit_folder
 from model import build_model
+from support import image_model
 from support.errors import UserError
 from support.image_model import NO_TEXT
 
@@ -45,6 +46,7 @@ def offline(monkeypatch):
         ("RN50", "openai", "not supported"),
         ("coca_ViT-B-32", "laion2b_s13b_b90k", "not supported"),
         ("local-dir:/no/where", "openai", "/no/where"),
+        ("ViT-B-32", "openai", "take --backbone ViT-B-32-quickgelu"),
     ],
 )
 def test_weights_and_backbones_that_do_not_belong_together_are_refused_at_once(
@@ -145,6 +147,25 @@ def test_weights_from_a_file_fit_another_image_size(size, tokens, builtin, tmp_p
     assert visual.positional_embedding.shape == (tokens, 48)
     assert torch.equal(visual.conv1.weight, tower["conv1.weight"])
     torch.testing.assert_close(visual.positional_embedding[0], tower["positional_embedding"][0])
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_an_image_smaller_than_a_patch_is_refused(size, builtin, tmp_path):
+    path = str(tmp_path / "clip.pt")
+    write_weights(open_clip.create_model(builtin), path, "clip.pt")
+    with pytest.raises(UserError, match=f"'small-vit' at {size} does not take {path}: "):
+        build_model(**TINY | {"backbone": builtin, "pretrained": path, "image_size": size})
+
+
+def test_a_file_of_weights_goes_into_a_folders_model(tmp_path):
+    folder = vit_folder(tmp_path)  # which has no weights of its own
+    tower = write_weights(open_clip.create_model(folder), tmp_path / "clip.pt", "clip.pt")
+    visual = build_model(backbone=folder, pretrained=str(tmp_path / "clip.pt")).visual
+    assert torch.equal(visual.conv1.weight, tower["conv1.weight"])
+
+
+def test_a_name_with_one_activation_alone_is_not_sent_to_another_that_there_is_not():
+    image_model.check_tag("roberta-ViT-B-32", "laion2b_s12b_b32k")
 
 
 def without_projection(state):

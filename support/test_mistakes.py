@@ -109,6 +109,7 @@ VALUE_MISTAKES = [
     ["--warmup", "nan"],
     ["--dropout", "x"],
     ["--seed", "-1"],
+    ["--seed", "9223372036854775808"],
     ["--views", "0x1"],
     ["--method", "dualpth"],
     ["--data", "k600"],

@@ -172,6 +172,10 @@ def test_what_one_process_refuses_ends_all_of_them(micro, tmp_path):
             torch.OutOfMemoryError("CUDA out of memory.\nTry"),
             "^CUDA out of memory. .*--micro-batch",
         ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"),
+            "memory: 9 .a smaller --mi",
+        ),
         (RuntimeError("DataLoader worker (pid 7) is killed\nby"), "--workers .*pid 7.*killed.$"),
         (RuntimeError("Connection closed by peer"), None),
         (ValueError("a mistake of ours"), None),
@@ -187,12 +191,14 @@ def test_what_users_can_mend_is_one_sentence(error, words):
 
 @pytest.mark.parametrize("words", ["Connection closed by peer", "Broken pipe", "wait timed out"])
 def test_a_process_that_loses_another_says_so(words, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
     said = processes.explain(RuntimeError(f"[gloo] {words}\nat a line of C++"))
     assert said == (
         f"process 3 lost another, which may say why (port in use: --standalone): [gloo] {words}"
     )
-    assert processes.explain(RuntimeError("shapes do not fit")) is None
+    for other in ("shapes do not fit", "CUDA error: peer mapping resources exhausted"):
+        assert processes.explain(RuntimeError(other)) is None
 
 
 # ---------------------------------------------------------------- torchrun

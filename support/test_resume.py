@@ -268,9 +268,13 @@ def test_a_run_is_not_overwritten_by_accident(micro, tmp_path, capsys):
     with pytest.raises(SystemExit, match="weights only"):
         train.main(run + ["--resume", "--seed", "1"])
     os.remove(last)
-    with pytest.raises(SystemExit, match="holds a run already"):
+    with pytest.raises(SystemExit, match="holds a run already: no last.pt to resume from, --over"):
         train.main(run + ["--resume"])
     assert os.path.exists(best)
+    os.rename(best, f"{out}/best.k400.json")  # a result alone is kept, too
+    os.remove(f"{out}/log.jsonl")
+    with pytest.raises(SystemExit, match="holds a run already"):
+        train.main(run)
 
 
 def test_a_folder_whose_start_failed_can_be_used_again(micro, tmp_path, monkeypatch):

@@ -126,7 +126,10 @@ def main(argv=None):
             problems = Problems(file)
             check_lists(videos, problems)
             check_videos([paths[i] for i in chosen], args, problems)
-        return int(any(kind != "short" for kind in problems.kinds))
+        harmless = {"short"}
+        if args.data == "diving48":  # its corrected labels (V2) do not use all of its names
+            harmless |= {"no train video", "no val video"}
+        return int(bool(problems.kinds.keys() - harmless))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,8 @@ def copy_annotations(name, root, out, lost):
             place = os.path.relpath(entry.path, root)
             if not entry.is_file() or not entry.name.endswith((".csv", ".json", ".txt")):
                 continue
+            if place == SETTINGS or place.startswith("unreadable"):  # A holds copies, too
+                continue
             if name == "list" and place in [f"{split}.txt" for split in SPLITS]:
                 content = rewritten_list(root, place, lost)
             else:
@@ -102,7 +104,8 @@ def copy_annotations(name, root, out, lost):
 
 
 def rewritten_list(root, name, lost):
-    rows = [row for row in read_list(root, name) if row.path not in lost]
+    gone = {os.path.realpath(path) for path in lost}  # another part may spell --root otherwise
+    rows = [row for row in read_list(root, name) if os.path.realpath(row.path) not in gone]
     lines = [f'"{copy_of(row.path, root)}" {row.label}\n' for row in rows]
     return os.fsencode("".join(lines))
 

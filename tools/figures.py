@@ -1,5 +1,7 @@
 """Stripes of a picture: images with heat and captions, bars, curves. By matplotlib."""
 
+import os
+
 from support.errors import UserError
 
 
@@ -39,8 +41,11 @@ def draw(path, title, *stripes):
 
 
 def check_writable(path):
-    """Better refused now than after the work."""
-    draw(path, "no picture: the work was cut off", (1, lambda part: None))
+    """Better refused now than after the work; a picture that is there stays until then."""
+    if os.path.isfile(path):
+        open(path, "ab").close()
+    else:
+        draw(path, "no picture: the work was cut off", (1, lambda part: None))
 
 
 def show_images(part, title, images, captions, rows=1, cols=1, heat=None):

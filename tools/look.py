@@ -86,7 +86,7 @@ def attention_stripes(model, view, numbers):
             f"temporal path: {rows * cols} shrunken frames an image, and each one's share of the"
             " attention"
         )
-        shares = shares_of_moments(framesets, rows, cols)
+        shares = shares_of_moments(framesets, rows, cols) / len(framesets)
         texts = [f"{i}: {100 * share:.0f} %" for i, share in zip(numbers, shares)]
         images = frameset(view[None], rows, cols)[0]
         stripes.append((title, images, texts, rows, cols, framesets))
@@ -179,6 +179,13 @@ def draw_curves(args):
     draw(args.picture, args.run, (3, show_curves, log))
 
 
+def picture(path):
+    """matplotlib would add a missing suffix, and write to another file than it was told."""
+    if not os.path.splitext(path)[1]:
+        raise argparse.ArgumentTypeError(f"{path!r} is no name of a picture, such as a.png")
+    return path
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(
         prog="python -m tools.look", description="Pictures of models and runs."
@@ -187,19 +194,19 @@ def parse(argv):
     add = kinds.add_parser("attention", help="where a model looks in a clip").add_argument
     add("checkpoint", help="best.pt or last.pt of a run")
     add("video")
-    add("picture", metavar="FILE.png")
+    add("picture", type=picture, metavar="FILE.png")
     add("--views", type=options.views, metavar="CLIPSxCROPS", help="of which the middle is drawn")
     add("--backbone", metavar="NAME", help="where the image model is, if not where it was")
     add("--pretrained", metavar="TAG", help="likewise, the file or tag of its weights")
     kinds.choices["attention"].set_defaults(act=draw_attention)
     add = kinds.add_parser("classes", help="accuracy of each class, confusions").add_argument
     add("checkpoint", help="best.pt or last.pt of a run")
-    add("picture", metavar="FILE.png")
+    add("picture", type=picture, metavar="FILE.png")
     add("--predictions", metavar="FILE.csv", help="keep the table; other options: evaluate.py's")
     kinds.choices["classes"].set_defaults(act=draw_classes)
     add = kinds.add_parser("curves", help="loss, learning rate and accuracy of a run").add_argument
     add("run", help="its folder")
-    add("picture", metavar="FILE.png")
+    add("picture", type=picture, metavar="FILE.png")
     kinds.choices["curves"].set_defaults(act=draw_curves)
     args, args.rest = parser.parse_known_args(argv)
     if args.rest and args.act is not draw_classes:

@@ -9,6 +9,7 @@ one frame, so train.py's `full` trains on them.
 
 import argparse
 import os
+import shutil
 
 import numpy as np
 import open_clip
@@ -53,11 +54,13 @@ def draw_sheet(rng, scene, cell):
 
 
 def make(folder, numbers=(24600, 410), epochs=5, stills="data/stills", run="runs/stills"):
-    """Write the weights to a folder; numbers: of training and validation stills."""
+    """Write an open_clip folder; numbers: of training and validation stills."""
+    if os.path.abspath(folder) != TINY:
+        os.makedirs(folder, exist_ok=True)
+        shutil.copy(os.path.join(TINY, "open_clip_config.json"), folder)
     draw_data(stills, numbers, draw_still, CLASSES)
-    train.main(
-        ["--data", "folder", "--root", stills, "--out", run, "--epochs", str(epochs), *OPTIONS]
-    )
+    where = ["--data", "folder", "--root", stills, "--out", run, "--overwrite"]
+    train.main([*where, "--epochs", str(epochs), *OPTIONS])
     # open_clip insists on a text tower; nobody uses it.
     clip = open_clip.create_model(f"local-dir:{TINY}", load_weights=False)
     clip.visual = load_checkpoint(os.path.join(run, "last.pt"))[0].visual

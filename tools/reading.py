@@ -22,7 +22,7 @@ import torch
 from data import clip_frames
 from support import options
 from support.errors import one_sentence
-from support.reader import read_frames
+from support.reader import VideoError, one_error, read_frames
 from support.tables import table
 
 
@@ -33,13 +33,13 @@ def ours(path, numbers):
 def whole_file(path, numbers):
     """The reference: every frame is decoded, and the wanted ones are converted."""
     wanted, images = set(numbers), {}
-    with av.open(f"file:{path}") as container:
+    with one_error(path), av.open(f"file:{path}") as container:
         stream = container.streams.best("video")
         stream.codec_context.thread_count = 1
         for i, frame in enumerate(container.decode(stream)):
             if i in wanted:
                 images[i] = frame.to_ndarray(format="rgb24")
-    return np.stack([images[i] for i in numbers])
+        return np.stack([images[i] for i in numbers])
 
 
 def with_decord(path, numbers):
@@ -117,6 +117,8 @@ def compare(path, args):
     count = read_frames(path, [0]).count
     numbers = wanted_frames(count, args.frames, args.stride)
     readers = available_readers(path, numbers)
+    if "ours" not in readers:
+        raise VideoError(f"{path} is not compared, for the reason above")
     reference = whole_file(path, numbers).astype(int)
     seconds = take_turns(readers, path, numbers, args.rounds)
     rows = []

@@ -245,6 +245,17 @@ def test_a_copy_trains_and_is_evaluated(micro, tmp_path):
     assert results[0] is results[1]
 
 
+def write_sound(path):
+    """A file without pictures."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        samples = np.zeros((1, 1024), np.float32)
+        silence = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        silence.rate = 8000
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode(None))
+
+
 def test_what_cannot_be_read_is_listed_and_left_out(tmp_path, capsys):
     lost = {
         "folder": "val/left/1.mp4",
@@ -270,12 +281,14 @@ def test_what_cannot_be_read_is_listed_and_left_out(tmp_path, capsys):
                 (root / f"{split}.txt").write_text("0.mp4 0\n1.mp4 1\n2.mp4 0\n3.mp4,1\n")
         else:
             benchmark(name, root)
-        (root / broken).write_bytes(b"no video")
+        (root / broken).write_bytes(b"nonsense")
+        if name == "folder":
+            write_sound(str(root / broken))
         copy_set(name, root, out)
         assert "1 unreadable and left out" in capsys.readouterr().out
         with open(out / "unreadable.csv", newline="") as file:
             [(path, reason)] = csv.reader(file)
-        assert path == str(root / broken) and "no video" not in reason and broken in reason
+        assert path == str(root / broken) and "nonsense" not in reason and broken in reason
         whole = () if name == "k400" else SPLITS  # which may lack a fifth, less than 1 of 2
         want, got = find_videos(name, str(root)), find_videos(name, str(out), whole=whole)
         assert (len(got.missing) == 1) == (name == "k400")
@@ -300,6 +313,22 @@ def test_it_goes_on_where_it_was_and_parts_make_a_whole(micro, tmp_path, capsys)
     assert everything(out) == everything(whole)
     with pytest.raises(SystemExit, match="holds copies made with .*256.*, not .*64"):
         copy_set("folder", micro, out, "--short-side", "64")
+    for number in ("24 copied", "0 copied"):  # copies of copies go on, too
+        copy_set("folder", out, tmp_path / "smaller", "--short-side", "32")
+        assert number in capsys.readouterr().out
+
+
+def test_what_one_part_cannot_read_another_leaves_out_however_it_spells_the_root(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    root = two_lists(tmp_path, ["a.mp4", "b.mp4", "c.mp4"])
+    before = find_videos("list", str(root)).train
+    with open(before[0][0], "wb") as file:
+        file.write(b"nonsense")
+    for part, spelled in (("1/2", os.path.relpath(root)), ("2/2", root)):
+        copy_set("list", spelled, tmp_path / "out", "--part", part)
+    assert len(find_videos("list", str(tmp_path / "out")).train) == len(before) - 1
 
 
 def test_stopped_it_says_so_and_leaves_only_whole_copies(tmp_path):

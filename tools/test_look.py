@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import sys
 
 import numpy as np
@@ -176,6 +177,13 @@ def test_a_little_frames_share_counts_the_parts_of_its_patches():
     torch.testing.assert_close(look.shares_of_moments(sets, 4, 4), torch.stack(want))
 
 
+def test_the_shares_of_all_framesets_add_up_to_one():
+    model = build_model(**TINY | {"paths": "temporal", "num_frames": 32}).eval()
+    [(*_, texts, _, _, _)] = look.attention_stripes(model, random_video(1, 32)[0], list(range(32)))
+    shares = [int(re.search(r": (\d+) %", text)[1]) for text in texts]
+    assert len(shares) == 32 and abs(sum(shares) - 100) <= 16  # each is rounded
+
+
 # ---------------------------------------------------------------- classes
 def test_classes_are_drawn_by_accuracy_and_confusion(tmp_path, drawn):
     labels = ["x"] * 4 + ["$y"] * 4 + ["z"] * 2
@@ -284,6 +292,25 @@ def test_what_is_too_much_is_refused(argv, capsys):
     with pytest.raises(SystemExit):
         look.main(argv)
     assert f"unknown: {argv[-1]}" in capsys.readouterr().err
+
+
+def test_a_mistake_leaves_the_picture_that_is_there(run, tmp_path):
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"kept")
+    with pytest.raises(SystemExit, match="/no/where is not there"):
+        look.main(["classes", f"{run}/last.pt", str(picture), "--root", "/no/where"])
+    assert picture.read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(
+    "argv", [["curves", "a", "b"], ["classes", "a.pt", "--limit", "8", "a.png"]]
+)
+def test_what_is_no_name_of_a_picture_is_refused(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        look.main(argv)
+    assert "is no name of a picture, such as a.png" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
 
 
 def test_without_matplotlib_a_sentence_says_what_installs_it(run, tmp_path, monkeypatch):

@@ -91,6 +91,15 @@ def test_readers_share_one_core_and_then_have_all_again():
     assert os.sched_getaffinity(0) == cores and torch.get_num_threads() == threads
 
 
+def test_what_breaks_off_is_a_sentence(video, tmp_path, capsys):
+    with open(video, "rb") as file:
+        content = file.read()
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(content[: len(content) * 6 // 10])
+    with pytest.raises(SystemExit, match="^reading.py: .*broken.mp4"):
+        reading.main([str(broken)])
+
+
 def test_what_is_no_video_is_a_sentence(tmp_path):
     with pytest.raises(SystemExit, match="reading.py: cannot read .*absent.mp4"):
         reading.main([str(tmp_path / "absent.mp4")])
