@@ -11,7 +11,6 @@ Every video counts exactly once, and one that cannot be read counts as wrong.
 import argparse
 import json
 import os
-import sys
 from typing import NamedTuple
 
 import torch
@@ -139,8 +138,6 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
     with processes("evaluate.py", args.device) as (_, _, device):
         dtype, model, settings, samples, missing = in_turn(lambda: set_up(args, device))
         test_views = VideoViews(

@@ -140,7 +140,7 @@ class DualPath(FrameModel):
         position_scale=1.0,
         paths="both",
     ):
-        if paths != "spatial":
+        if paths != "spatial":  # the nearest sizes should suit both paths
             what = f"the number of frames (framesets of {rows * cols}, T_s = {spatial_frames})"
             check_divides(what, num_frames, math.lcm(spatial_frames, rows * cols))
             patch, size = visual.patch_size[0], visual.image_size[0]
@@ -174,7 +174,7 @@ class DualPath(FrameModel):
             class_token = visual.class_embedding + visual.positional_embedding[0]
             self.temporal_class_embedding = nn.Parameter(class_token.detach())
             code = nn.functional.pad(code, (0, 0, 1, 0))  # zero for the class token
-        code = code.to(self.mean.device)  # (T_G, L, d)
+        code = code.to(self.mean.device)  # p^TP (T_G, L, d)
         self.register_buffer("temporal_position", code, persistent=False)
 
     def features(self, video):

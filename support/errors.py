@@ -16,11 +16,16 @@ class UserError(Exception):
 MENDABLE = (UserError, OSError, BrokenExecutor)
 
 
+def print_any_path():
+    """A path may hold bytes that are no text: they are printed escaped."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def one_sentence(script):
     """End the program with `script: what is wrong` if the user can mend what is raised inside."""
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
+    print_any_path()
     try:
         yield
     except MENDABLE as error:

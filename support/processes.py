@@ -11,7 +11,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from support.errors import MENDABLE, UserError
+from support.errors import MENDABLE, UserError, print_any_path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, a scheduler's, Slurm's warning
 STOPPED = (130, 143)  # the exit statuses that a shell expects after SIGINT and SIGTERM
@@ -60,6 +60,7 @@ def autocast_type(name, device):
 @contextlib.contextmanager
 def processes(script, device_name="auto"):
     """(rank, world_size, device), in a process group exactly if torchrun started us."""
+    print_any_path()
     try:
         device = choose_device(device_name)
         if "WORLD_SIZE" in os.environ:
