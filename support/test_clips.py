@@ -210,6 +210,13 @@ def test_erasing_greys_one_box_of_some_clips():
     assert not any((transform(bright) == 128).any() for _ in range(20))
 
 
+def test_erasing_comes_after_randaugment(monkeypatch):
+    monkeypatch.setattr(data, "OPERATIONS", [lambda x, s, d: torch.zeros_like(x)])
+    transform = data.training_transform("rand", 32, erasing=1.0)
+    bright = torch.full((2, 3, 40, 40), 200, dtype=torch.uint8)
+    assert all((transform(bright) == 128).any() for _ in range(20))
+
+
 def rising(levels, size=64, frames=3):
     """A clip that is brighter to the right."""
     row = torch.as_tensor(levels).expand(size, size).to(torch.uint8)

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import evaluate
@@ -81,6 +82,19 @@ def test_micro_batches_give_the_same_step(micro, tmp_path):
     assert torch.nn.utils.get_total_norm(averages) <= 0.1 * (1 - 0.9**2) + 1e-6  # of two steps
     for a, b in zip(states[0].values(), states[1].values(), strict=True):
         torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-3, atol=1e-7)
+
+
+def test_every_step_drops_others(micro, tmp_path, monkeypatch):
+    seeds, cross_entropy = [], F.cross_entropy
+
+    def recorded(*args, **kwargs):
+        seeds.append(torch.initial_seed())
+        return cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr(F, "cross_entropy", recorded)
+    run = [*SMALL, "--root", micro, "--out", str(tmp_path / "run"), "--micro-batch", "8"]
+    train.main(run)
+    assert len(seeds) >= 4 and len(set(seeds)) == len(seeds)
 
 
 def test_options_for_speed_change_no_result(micro, tmp_path, monkeypatch, capsys):
