@@ -197,6 +197,8 @@ def main(argv=None):
     with one_sentence("cost.py"):
         result = vars(args) | {"torch": str(torch.__version__), "device": machine}
         result |= {"type": str(dtype), "rows": []}
+        if args.json:
+            open(args.json, "a").close()  # if this fails, then before the measurement
         for backbone in args.backbone:
             try:
                 rows, rate = measure(backbone, args, device, dtype)

@@ -42,6 +42,12 @@ def test_a_row_holds_medians_and_medians_of_ratios():
     assert uses["full"] == pytest.approx(3 * uses["linear"])
 
 
+def test_where_nothing_can_be_written_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(cost, "measure", lambda *args: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="/no/where/a.json"):
+        cost.main(["--backbone", "tiny", "--json", "/no/where/a.json"])
+
+
 def test_the_benchmark_measures_next_to_the_plain_model(tmp_path, capsys):
     path = str(tmp_path / "a.json")
     frames = ["--frames", "16", "32"]
