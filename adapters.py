@@ -6,7 +6,7 @@ Symbols are the paper's: A is an adapter; x are tokens of frames (DualPath's spa
 of framesets (its temporal path); MHA, MLP, LN1 and LN2 are the frozen parts of one block of the
 image model, whose names are open_clip's. This file knows only blocks and tokens, (images, L, d).
 
-A new method is one class here and one line in METHODS, at the end.
+A new method is one class here and one line in METHODS, at the end (docs/new_method.md).
 """
 
 import math
@@ -50,10 +50,10 @@ class DualPathBlock(nn.Module):
     Spatial adapters run parallel to the frozen parts: the block starts as the image model's.
     Temporal ones come in series behind them: the block starts as the identity, z'' = z.
 
-    pre_attention_adapter: has A_t0, which the paper's parameter count on Something-Something v2
-    takes; else A_t0 is left out. serial_skip: z' = z + h + A_t1(h) with h = MHA(…), and so behind
-    the MLP, which starts as the image model. paths: "both", "spatial" or "temporal"; the adapters
-    of an unused path are not built.
+    pre_attention_adapter: build A_t0, as the paper's parameter count on Something-Something v2
+    needs; else it is the identity. serial_skip: z' = z + h + A_t1(h) with h = MHA(…), likewise
+    behind the MLP; the block then starts as the image model's. paths: "both", "spatial" or
+    "temporal"; the adapters of an unused path are not built.
     """
 
     needs_class_token = False
@@ -81,24 +81,24 @@ class DualPathBlock(nn.Module):
     def forward(self, block, x, z):
         """block: the frozen one; x: (B·T_s, L, d); z: (B·T_G, L, d) → x'', z'', same shapes.
 
-        A path that is switched off has no images: its tensor has no rows, and every line holds.
+        A path that is switched off is an empty batch, (0, L, d), and takes the same lines.
         """
         # Both paths use the same frozen weights, and attention never crosses images. So the images
         # of both are one batch in each frozen call: one MHA and one MLP serve two paths.
-        images = [x.shape[0], z.shape[0]]
+        sizes = [x.shape[0], z.shape[0]]
         x_norm, z_norm = LN(block.ln_1, x), LN(block.ln_1, z).to(x.dtype)  # see DualPath.embed
-        h_x, h_z = MHA(block, torch.cat([x_norm, self.A_t0(z_norm)])).split(images)
+        h_x, h_z = MHA(block, torch.cat([x_norm, self.A_t0(z_norm)])).split(sizes)
         x = x + h_x + self.A_s1(x_norm)
         z = z + self.serial(self.A_t1, h_z)
 
         x_norm, z_norm = LN(block.ln_2, x), LN(block.ln_2, z).to(x.dtype)
-        h_x, h_z = MLP(block, torch.cat([x_norm, z_norm])).split(images)
+        h_x, h_z = MLP(block, torch.cat([x_norm, z_norm])).split(sizes)
         x = x + h_x + self.A_s2(x_norm)
         z = z + self.serial(self.A_t2, h_z)
         return x, z
 
     def serial(self, A, h):
-        h = h.clone()  # A keeps its input for backward; as a slice it would keep both paths' tokens
+        h = h.clone()  # A keeps its input for backward; a view would keep both paths' tokens
         return h + A(h) if self.serial_skip else A(h)
 
 
@@ -108,12 +108,11 @@ def quarter_block(d, **options):
 
 
 class Unadapted(nn.Module):
-    """Between the stages of Swin: patch merging, which each path passes without adapters."""
+    """Around Swin's patch merging, between two stages: no adapters."""
 
     def forward(self, merging, *paths):
         """paths: x alone, or x and z, (images, L, d) → (images, L / 4, 2d)."""
-        merged = merging(torch.cat(paths)).split([path.shape[0] for path in paths])
-        merged = [images.to(path.dtype) for images, path in zip(merged, paths)]
+        merged = [merging(tokens).to(tokens.dtype) for tokens in paths]
         return merged if len(paths) > 1 else merged[0]
 
 
@@ -126,7 +125,7 @@ class FrameBlock(nn.Module):
     needs more than a block of its own asks for it here.
     """
 
-    looks_across_frames = False  # does the order of frames change what it gives?
+    looks_across_frames = False  # for tests: does the order of frames change the model's output?
     pools_tokens = False  # are the frames' tokens averaged, rather than their features?
     trains_image_model = False
     temporal_embedding = False  # a trained vector for each frame is added to its tokens
@@ -152,15 +151,15 @@ class FullBlock(FrameBlock):
 class VPTBlock(FrameBlock):
     """VPT-Deep (Jia et al., ECCV 2022): prompt tokens P beside x, whose outputs are dropped.
 
-    x' = x + MHA(LN1 [x ; P])          x'' = x' + MLP(LN2 x')          (the rows of x alone)
+    x' = x + MHA(LN1 [x ; P])          x'' = x' + MLP(LN2 x')          (x's own rows alone)
     """
 
     needs_class_token = True
 
     def __init__(self, d, frames, bottleneck=50, dropout=0.1, patch_size=16):
         super().__init__(d, frames)
-        bound = math.sqrt(6 / (3 * patch_size**2 + d))
-        prompts = torch.empty(bottleneck, d).uniform_(-bound, bound)
+        bound = math.sqrt(6 / (3 * patch_size**2 + d))  # Xavier's, of a patch's pixels and d
+        prompts = torch.empty(bottleneck, d).uniform_(-bound, bound)  # bottleneck: how many
         self.prompt_embedding = nn.Parameter(prompts)
         self.dropout = nn.Dropout(dropout)
 
@@ -189,7 +188,7 @@ class AdaptFormerBlock(FrameBlock):
 
 
 class ProTuningBlock(FrameBlock):
-    """Pro-tuning (Nie et al., 2022): a prompt, made of features by convolutions, is added to them.
+    """Pro-tuning (Nie et al., 2022): features get a prompt added, which convolutions make of them.
 
     x' = x + MHA(LN1 x)     y = x' + MLP(LN2 x')     x'' = y + W_up · GELU(DWConv5×5(W_down · y))
 
@@ -215,11 +214,11 @@ class ProTuningBlock(FrameBlock):
         h = self.down(y[:, 1:]).unflatten(1, (rows, -1))  # (B·frames, rows, cols, width)
         h = F.gelu(self.conv(h.permute(0, 3, 1, 2)))  # (B·frames, width, rows, cols)
         h = self.dropout(h).permute(0, 2, 3, 1).flatten(1, 2)  # (B·frames, P, width)
-        return y + patches_only(self.up(h))
+        return y + zero_for_class_token(self.up(h))
 
 
 class STAdapter(nn.Module):
-    """A(x) = x + W_up · DWConv3×1×1(W_down · x): mixes a patch with those before and after it."""
+    """A(x) = x + W_up · DWConv3×1×1(W_down · x): mixes a patch with those in the frames beside."""
 
     def __init__(self, d, frames, bottleneck, dropout):
         super().__init__()
@@ -235,7 +234,7 @@ class STAdapter(nn.Module):
         h = self.down(x[:, 1:]).unflatten(0, (-1, self.frames))  # (B, frames, P, bottleneck)
         h = self.dropout(self.conv(h.permute(0, 3, 1, 2)))  # (B, bottleneck, frames, P)
         h = h.permute(0, 2, 3, 1).flatten(0, 1)  # (B·frames, P, bottleneck)
-        return x + patches_only(self.up(h))
+        return x + zero_for_class_token(self.up(h))
 
 
 class STAdapterBlock(FrameBlock):
@@ -243,13 +242,14 @@ class STAdapterBlock(FrameBlock):
 
     x' = A_1(x) + MHA(LN1 A_1(x))          x'' = A_2(x') + MLP(LN2 A_2(x'))
 
-    before: "mha" builds A_1, "mlp" A_2, "both" both: 12×384 (the paper's is before MHA, their
-    code's before the MLP) and 24×384 on ViT-B. Class tokens pass an adapter unchanged, so A_2 of
-    the last block moves nothing that is read. As in their code, the frames' class tokens are
-    averaged before the image model's last norm.
+    before: "mha" builds A_1 alone, as in the paper, "mlp" A_2 alone, as in their code, "both" both:
+    12 or 24 adapters of width 384 on ViT-B. Class tokens pass an adapter unchanged, so A_2 of the
+    last block has no effect on the output. As in their code, the frames' class tokens are averaged
+    before the image model's last norm.
     """
 
-    looks_across_frames = pools_tokens = True
+    looks_across_frames = True
+    pools_tokens = True
     needs_class_token = True
 
     def __init__(self, d, frames, bottleneck=384, dropout=0.1, before="mha"):
@@ -294,34 +294,31 @@ class AIMBlock(FrameBlock):
         self.frames, self.s = frames, s
 
     def forward(self, block, x):
-        h = LN(block.ln_1, x)
+        u = LN(block.ln_1, x)
         if self.A_in is not None:
-            h = h + self.A_in(h)
-        h = h.unflatten(0, (-1, self.frames)).transpose(1, 2)  # (B, L, frames, d)
-        B, L = h.shape[:2]
-        h = MHA(block, h.flatten(0, 1))  # (B·L, frames, d)
+            u = u + self.A_in(u)
+        u = u.unflatten(0, (-1, self.frames)).transpose(1, 2)  # (B, L, frames, d)
+        B, L = u.shape[:2]
+        h = MHA(block, u.flatten(0, 1))  # (B·L, frames, d)
         h = h.unflatten(0, (B, L)).transpose(1, 2).flatten(0, 1)  # (B·frames, L, d)
         x = x + self.A_t(h)
         h = MHA(block, LN(block.ln_1, x))
         x = x + h + self.A_s(h)
-        h = LN(block.ln_2, x)
-        return x + MLP(block, h) + self.s * self.A_m(h)
+        u = LN(block.ln_2, x)
+        return x + MLP(block, u) + self.s * self.A_m(u)
 
 
-def patches_only(tokens):
-    """(images, P, d) → (images, 1 + P, d): nothing for class tokens."""
-    return F.pad(tokens, (0, 0, 1, 0))
+def zero_for_class_token(patches):
+    """(images, P, d) → (images, 1 + P, d): what is added to a class token is zero."""
+    return F.pad(patches, (0, 0, 1, 0))
 
 
 # ---------------------------------------------------------------- the frozen parts, cheaply
-# Each gives what open_clip's own module gives, but for rounding. Frozen weights need no gradient,
-# so their products save no input: what a training step keeps, and the bytes that it moves, are
-# those of LayerNorm, attention and QuickGELU.
+# Each gives what open_clip's own module gives, but for rounding. A matrix product with frozen
+# weights keeps no input for backward: of the frozen parts, LayerNorm, attention and QuickGELU alone
+# keep any, and they move most of the bytes.
 def LN(norm, x):
-    """A LayerNorm in the tokens' own type.
-
-    Autocast would run it in float32, and keep an input of twice the size.
-    """
+    """A LayerNorm in the tokens' own type: autocast would keep its input in float32."""
     with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
         weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
@@ -329,7 +326,7 @@ def LN(norm, x):
 
 def MHA(block, x):
     """The frozen attention of an open_clip block, its layer scale (and extra norm) included."""
-    if not hasattr(block, "attention"):  # other kinds of block do the same by themselves
+    if not hasattr(block, "attention"):  # Swin's, timm's and custom blocks: attn does it all
         return block.ls_1(block.ln_attn(block.attn(x)))
     inference = x.device.type == "cpu" and not torch.is_grad_enabled()
     if inference and not torch.compiler.is_compiling():
@@ -338,7 +335,10 @@ def MHA(block, x):
 
 
 def project(block, x):
-    """The frozen projections of x to q, k and v: (images, L, d) → (images, L, 3d)."""
+    """The frozen projections to q, k and v: (images, L, d) → (images, L, 3d).
+
+    By itself for methods that change them (LoRA: docs/new_method.md).
+    """
     if not hasattr(block, "attention"):
         raise UserError(
             "this method changes the projection to q, k and v, which the blocks of this backbone"
@@ -371,8 +371,8 @@ class QuickMLP(torch.autograd.Function):
     """W_2 · QuickGELU(W_1 x + b_1) + b_2 with frozen weights.
 
     QuickGELU(u) = u · σ(1.702 u) = SiLU(1.702 u) / 1.702. open_clip's three operations for it keep
-    two tensors four times as wide as x, and move more bytes than anything else in a step. A
-    product scales its result for free, which leaves SiLU: one pass, and one tensor kept.
+    two tensors four times as wide as x, and move more bytes than anything else in a step. addmm's
+    alpha applies both factors for free, which leaves SiLU: one pass, and one tensor kept.
     """
 
     @staticmethod
@@ -384,9 +384,9 @@ class QuickMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         s, W_1, W_2 = ctx.saved_tensors
-        grad_s = grad.flatten(0, -2) @ W_2.to(grad.dtype)  # over 1.702: cancels with that of s
-        torch.ops.aten.silu_backward(grad_s, s, grad_input=grad_s)  # in place
-        return (grad_s @ W_1.to(grad.dtype)).view(grad.shape), None, None, None, None
+        grad_h = grad.flatten(0, -2) @ W_2.to(grad.dtype)  # h = SiLU(s) / 1.702: dh/du = SiLU'(s)
+        grad_u = torch.ops.aten.silu_backward(grad_h, s, grad_input=grad_h)  # in place
+        return (grad_u @ W_1.to(grad.dtype)).view(grad.shape), None, None, None, None
 
 
 # ---------------------------------------------------------------- all of them

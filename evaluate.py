@@ -64,24 +64,24 @@ def predict(model, test_views, device, dtype=None, batch=16, workers=0, title="e
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_parent,
     )
-    rows, on_device, done = [], [], 0
+    predictions, on_device, done = [], [], 0
     try:
         for videos in tqdm(loader, title, unit="batch", disable=rank() > 0, **BAR):
             readable = [video for video in videos if video.error is None]
             for video in videos:
                 if video.error is not None:
-                    rows.append(Prediction(video.index, video.label, [], [], video.error))
+                    predictions.append(Prediction(video.index, video.label, [], [], video.error))
             if readable:
-                known = [(video.index, video.label) for video in readable]  # not their pixels
-                on_device.append((known, *top_five(model, readable, device, dtype)))
+                ids = [(video.index, video.label) for video in readable]  # not their pixels
+                on_device.append((ids, *top_five(model, readable, device, dtype)))
             done += len(videos)
     except SystemExit:  # a signal
         tqdm.write(f"{title}: {done} of {len(shard)} videos were done")
         raise
-    for known, scores, classes in on_device:  # copied only now: each copy waits for the device
-        for (index, label), s, c in zip(known, scores.tolist(), classes.tolist()):
-            rows.append(Prediction(index, label, c, s, None))
-    return sorted(gather(rows))
+    for ids, scores, classes in on_device:  # copied only now: each copy waits for the device
+        for (index, label), s, c in zip(ids, scores.tolist(), classes.tolist()):
+            predictions.append(Prediction(index, label, c, s, None))
+    return sorted(gather(predictions))
 
 
 def top_five(model, videos, device, dtype):
@@ -93,17 +93,17 @@ def top_five(model, videos, device, dtype):
     return scores.topk(min(5, scores.shape[1]))
 
 
-def summarise(rows):
-    """Accuracies as fractions: over all videos, an unreadable one being wrong, and the readable."""
-    top1 = sum(row.label in row.classes[:1] for row in rows)
-    top5 = sum(row.label in row.classes for row in rows)
-    failed = sum(row.error is not None for row in rows)
-    readable = max(1, len(rows) - failed)
+def summarise(predictions):
+    """Accuracies as fractions: of all videos, unreadable ones being wrong, and of the readable."""
+    top1 = sum(p.label in p.classes[:1] for p in predictions)
+    top5 = sum(p.label in p.classes for p in predictions)
+    failed = sum(p.error is not None for p in predictions)
+    readable = max(1, len(predictions) - failed)
     return {
-        "videos": len(rows),
+        "videos": len(predictions),
         "failed": failed,
-        "top1": top1 / len(rows),
-        "top5": top5 / len(rows),
+        "top1": top1 / len(predictions),
+        "top5": top5 / len(predictions),
         "top1_readable": top1 / readable,
         "top5_readable": top5 / readable,
     }
@@ -149,18 +149,18 @@ def main(argv=None):
             args.views,
         )
         batch, workers = (1, 0) if args.video else (args.batch, args.workers)
-        rows = predict(model, test_views, device, dtype, batch, workers)
+        predictions = predict(model, test_views, device, dtype, batch, workers)
         if rank() > 0:
             return 0
         if args.video:
-            return print_classes(rows, samples, settings["classes"])
-        return report(args, rows, samples, missing, settings["classes"])
+            return print_classes(predictions, samples, settings["classes"])
+        return report(args, predictions, samples, missing, settings["classes"])
 
 
 def set_up(args, device):
     """→ compute type, model on the device, the training's settings, videos, how many are missing.
 
-    Fills in args from the training.
+    Where args.views, data and split are not given, they become the training's.
     """
     dtype = autocast_type(args.amp, device)
     model, content = load_checkpoint(args.checkpoint, args.backbone, args.pretrained)
@@ -184,7 +184,7 @@ def find_test_set(args, settings):
     root = args.root
     if same:
         args.split = args.split or settings.get("split")
-        # Nothing is drawn just because a checkpoint says where.
+        # Only if it is there: the demo would be drawn anew wherever a checkpoint says.
         if root is None and os.path.isdir(settings["root"]):
             root = settings["root"]
     videos = find_videos(args.data, root, args.split, whole=("val",))
@@ -202,19 +202,19 @@ def find_test_set(args, settings):
     return videos
 
 
-def print_classes(rows, samples, classes):
+def print_classes(predictions, samples, classes):
     """What is in single videos; 1 if one of them cannot be read."""
-    for row in rows:
-        print(row.error or samples[row.index][0])
-        for c, score in zip(row.classes, row.scores):
+    for p in predictions:
+        print(p.error or samples[p.index][0])
+        for c, score in zip(p.classes, p.scores):
             print(f"  {100 * score:5.1f} %  {classes[c]}")
-    return int(any(row.error for row in rows))
+    return int(any(p.error for p in predictions))
 
 
-def report(args, rows, samples, missing, classes):
+def report(args, predictions, samples, missing, classes):
     """Print the accuracy of a data set, and write it beside the checkpoint."""
     num_clips, num_crops = args.views
-    result = summarise(rows) | {
+    result = summarise(predictions) | {
         "checkpoint": args.checkpoint,
         "data": args.data,
         "views": f"{num_clips}x{num_crops}",
@@ -222,12 +222,12 @@ def report(args, rows, samples, missing, classes):
         "limit": args.limit,
         "missing": missing,
         "digest": digest(samples),
-        "unreadable": [samples[row.index][0] for row in rows if row.error],
+        "unreadable": [samples[p.index][0] for p in predictions if p.error],
     }
     absent = f"; {missing} listed videos are missing" if missing else ""
     print(
         f"top-1 {100 * result['top1']:.2f} %   top-5 {100 * result['top5']:.2f} %"
-        f"   ({len(rows)} videos, {num_clips} clips x {num_crops} crops){absent}"
+        f"   ({len(predictions)} videos, {num_clips} clips x {num_crops} crops){absent}"
     )
     if result["failed"]:
         print(
@@ -235,10 +235,10 @@ def report(args, rows, samples, missing, classes):
             f" ones top-1 {100 * result['top1_readable']:.2f} %,"
             f" top-5 {100 * result['top5_readable']:.2f} %"
         )
-        errors = [row.error for row in rows if row.error]
+        errors = [p.error for p in predictions if p.error]
         print(*[f"  {error}" for error in errors[:10]], sep="\n")
     if args.predictions:
-        write_predictions(args.predictions, rows, samples, classes)
+        write_predictions(args.predictions, predictions, samples, classes)
     part = f"-split{args.split}" if args.split else ""
     part += f"-first{args.limit}" if args.limit else ""
     file = f"{os.path.splitext(args.checkpoint)[0]}.{args.data}{part}.json"

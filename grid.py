@@ -4,7 +4,7 @@
 
 The temporal path (section 3 of the paper) never attends across images. It sees time because 16
 consecutive frames, each shrunk by 4 x 4, are tiled into one image of the original size: attention
-between two patches of that image is attention between two moments.
+between patches of different small frames is attention across time.
 """
 
 import sys
@@ -48,8 +48,8 @@ def check_divides(what, number, divisor):
 def position_code(num_framesets, height, width, patch, dim, rows=4, cols=4):
     """p^TP, the fixed code of every patch of every frameset → (num_framesets, P, dim), float32.
 
-    A pixel's code joins three: its row y and column x within its own little frame, in units of
-    patches, and that frame's index t in the clip. Frames and patches need not line up (a 14 x 14
+    A pixel's code joins those of its row y and column x within its own little frame, in units of
+    patches, and of that frame's index t in the clip. Frames and patches need not line up (a 14 x 14
     patch grid does not divide by 4), so a patch's code is the mean over its pixels' codes. That
     mean is cheap, because y depends on the pixel's row alone, x on its column alone, and t on
     both only through the little frame that the pixel is in.
@@ -84,15 +84,19 @@ def sincos(position, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
+def spread(count):
+    """T frame numbers, spread over the whole video: T is 32, or 16 where there are fewer frames."""
+    T = 32 if count >= 32 else 16
+    return [i * count // T for i in range(T)]
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 2:
         raise SystemExit("usage: python grid.py VIDEO PICTURE.png    (what the two paths see)")
     path, picture = argv
     with one_sentence("grid.py"):
-        video = read_frames(
-            path, lambda n: [i * n // 32 for i in range(0, 32, 1 if n >= 32 else 2)]
-        )
+        video = read_frames(path, spread)
         frames, T = square(video.pixels), len(video.numbers)  # (T, 3, S, S)
         above = numbered(frames[:: T // 8], video.numbers[:: T // 8])
         below = numbered(frameset(frames[None])[0], video.numbers, rows=4, cols=4)

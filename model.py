@@ -27,11 +27,11 @@ from support.tables import table
 class FrameModel(nn.Module):
     """T_s frames, each an ordinary image; their class features averaged; a linear head on them.
 
-    visual: the image model (support/towers.py). new_block(d): what goes around one of its blocks
-    (adapters.py). block_class: the class of these, whose flags say what else the method needs.
+    visual: the image model (support/towers.py). new_block(d): what goes around a block of width d
+    (adapters.py). block_class: their class, whose flags say what else the method needs.
     """
 
-    spatial, temporal = True, False  # the paths that there are
+    spatial, temporal = True, False  # which paths the model has
 
     def __init__(
         self, visual, new_block, num_classes, num_frames, spatial_frames, block_class=FrameBlock
@@ -41,15 +41,15 @@ class FrameModel(nn.Module):
         check_divides("the image size", visual.image_size[0], visual.patch_size[0])
         self.visual = visual.requires_grad_(block_class.trains_image_model)
         self.num_frames, self.spatial_frames = num_frames, spatial_frames
-        self.images = spatial_frames  # that a clip costs
+        self.images_per_clip = spatial_frames
         self.checkpoint_activations = False
-        for name, value in (("mean", visual.image_mean), ("std", visual.image_std)):
-            pixels = 255 * torch.tensor(value).view(3, 1, 1)
-            self.register_buffer(name, pixels, persistent=False)
+        mean, std = 255 * torch.tensor([visual.image_mean, visual.image_std]).view(2, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         self.head = nn.Linear(visual.output_dim, num_classes)
         self.blocks = nn.ModuleList(new_block(d) if d else Unadapted() for d in visual.widths)
         self.pools_tokens = block_class.pools_tokens
-        self.temporal_embedding = 0.0
+        self.temporal_embedding = 0.0  # added to the positions; AIM trains one
         if block_class.temporal_embedding:
             d = visual.widths[0]
             self.temporal_embedding = nn.Parameter(torch.zeros(spatial_frames, 1, d))
@@ -114,7 +114,7 @@ class FrameModel(nn.Module):
         return adapted(*inputs)
 
     def mean_feature(self, tokens, batch):
-        """The images' features, the mean of a clip's: (batch·n, L, d) → (batch, d_out)."""
+        """Features of the images, averaged over each clip: (batch·n, L, d) → (batch, d_out)."""
         if self.pools_tokens:
             return self.visual.feature(tokens.unflatten(0, (batch, -1)).mean(dim=1))
         return self.visual.feature(tokens).unflatten(0, (batch, -1)).mean(dim=1)
@@ -149,33 +149,31 @@ class DualPath(FrameModel):
         super().__init__(visual, new_block, num_classes, num_frames, spatial_frames)
         self.rows, self.cols = rows, cols
         self.spatial, self.temporal = paths != "temporal", paths != "spatial"
-        self.images = 0
+        self.images_per_clip = 0
         if self.spatial:
             for p in (visual.class_embedding, visual.positional_embedding):
                 if p is not None:
                     p.requires_grad_()
-            self.images += spatial_frames
+            self.images_per_clip += spatial_frames
         if self.temporal:
             self.add_temporal_path(position_scale)
-            self.images += num_frames // (rows * cols)
+            self.images_per_clip += num_frames // (rows * cols)
         d = visual.output_dim
-        paths_joined = self.spatial + self.temporal
-        hidden = nn.Linear(paths_joined * d, d)
+        hidden = nn.Linear(2 * d if paths == "both" else d, d)
         self.head = nn.Sequential(hidden, nn.GELU(), nn.Linear(d, num_classes))
 
     def add_temporal_path(self, position_scale):
         visual, (H, W) = self.visual, self.visual.image_size
         patch, d = visual.patch_size[0], visual.widths[0]
-        framesets = self.num_frames // (self.rows * self.cols)
-        code = position_scale * position_code(framesets, H, W, patch, d, self.rows, self.cols)
+        T_G = self.num_frames // (self.rows * self.cols)
+        code = position_scale * position_code(T_G, H, W, patch, d, self.rows, self.cols)  # p^TP
         self.temporal_class_embedding = None
         if visual.class_embedding is not None:
             # What the frozen blocks know as a class token is the embedding with its position added.
             class_token = visual.class_embedding + visual.positional_embedding[0]
             self.temporal_class_embedding = nn.Parameter(class_token.detach())
-            code = nn.functional.pad(code, (0, 0, 1, 0))  # zero for the class token
-        code = code.to(self.mean.device)  # p^TP (T_G, L, d)
-        self.register_buffer("temporal_position", code, persistent=False)
+            code = nn.functional.pad(code, (0, 0, 1, 0))  # zero for the class token: (T_G, L, d)
+        self.register_buffer("temporal_position", code.to(self.mean.device), persistent=False)
 
     def features(self, video):
         """(B, T, 3, H, W) uint8 → (y^SP, y^TP), the paths' features, (B, d_out) or None."""
@@ -189,9 +187,9 @@ class DualPath(FrameModel):
 
     def embed(self, video):
         """A clip's tokens in each path → x (B·T_s, L, d), z (B·T_G, L, d)."""
-        frames = framesets = video[:0, 0].float()  # a path that is switched off has no images
-        if self.spatial:
-            frames = self.sampled_frames(video)  # (B·T_s, 3, H, W)
+        no_images = video[:0, 0].float()  # (0, 3, H, W): those of a path that is switched off
+        frames = self.sampled_frames(video) if self.spatial else no_images  # (B·T_s, 3, H, W)
+        framesets = no_images
         if self.temporal:
             framesets = frameset(video.float(), self.rows, self.cols).flatten(0, 1)  # (B·T_G, …)
         patches = self.patches(torch.cat([frames, framesets]))  # (B·(T_s + T_G), P, d)
@@ -234,7 +232,7 @@ def build_model(
     each stage's width, as in the authors' code. rows, cols: the frameset's. position_scale:
     amplitude of p^TP. The others are explained in adapters.py. Raises UserError.
     """
-    config = dict(locals())
+    config = dict(locals())  # all arguments
     check_method(method, paths, backbone)
     visual = load_image_model(backbone, pretrained, image_size)
     sizes = (num_classes, num_frames, spatial_frames)
@@ -274,7 +272,7 @@ def check_method(method, paths, backbone):
         )
     if METHODS[method].needs_class_token and not has_class_token(backbone):
         raise UserError(
-            f"{method} needs a class token, which {backbone!r} has not: it takes ViTs that have"
+            f"{method} needs a class token, and {backbone!r} has none: it takes ViTs that have"
             " one, such as ViT-B-16-quickgelu"
         )
 
@@ -294,7 +292,7 @@ def load_checkpoint(path, backbone=None, pretrained=None):
             config["pretrained"] = pretrained or config["pretrained"]
         check_claims(path, config, content)
         model = build_model(**config)
-        model.config["pretrained"] = content["model"]["pretrained"]  # it says what the file holds
+        model.config["pretrained"] = content["model"]["pretrained"]  # saved_weights asks
         load_weights(model, content, path)
     except (TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{path} is refused: its configuration makes no model: {error}") from error
@@ -312,29 +310,30 @@ def check_claims(path, config, content):
     check_fit(saved_weights(claimed), content["weights"], f"{path} does not fit the model")
     constants = [*claimed.buffers(), *claimed.visual.parameters(recurse=False)]
     if claimed.num_frames > 9999 or sum(t.nbytes for t in constants) > 1 << 30:
-        raise UserError(f"{path} is refused: no model has so many frames, or frames so large")
+        raise UserError(f"{path} is refused: its number of frames, or their size, is too large")
 
 
 # ---------------------------------------------------------------- what each method costs, counted
 def count_parameters(model):
     """(trained, all) parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in model.parameters())
 
 
 def count(model):
     """Images, parameters and multiply-accumulates of a clip, for a model on the meta device.
 
-    Counted is what a training step runs: a CPU's kernels for inference would hide theirs.
+    One forward pass, with gradients on: the counter cannot see into a CPU's kernels for inference.
     """
     size = model.visual.image_size
     video = torch.zeros(1, model.num_frames, 3, *size, dtype=torch.uint8, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(video)
-    gmacs, (tuned, everything) = counter.get_total_flops() / 2e9, count_parameters(model)
+    gmacs = counter.get_total_flops() / 2e9  # a multiply-accumulate is two FLOPs
+    tuned, everything = count_parameters(model)
     return {
         "T": model.num_frames,
-        "images": model.images,
+        "images": model.images_per_clip,
         "all M": everything / 1e6,
         "tuned M": tuned / 1e6,
         "GMACs/view": gmacs,
@@ -343,19 +342,19 @@ def count(model):
 
 
 def variants(backbone, methods, frames):
-    """(name, build_model's arguments) of the rows of the table, for the methods that take it."""
-    left_out = [method for method in methods if METHODS[method].needs_class_token]
-    if left_out not in ([], methods) and not has_class_token(backbone):  # all: build_model refuses
-        print(f"{backbone} has no class token, which these need: {', '.join(left_out)}")
-        methods = [method for method in methods if method not in left_out]
+    """(name, build_model's arguments) of the table's rows; if none can be built, of all of them."""
+    need_it = [method for method in methods if METHODS[method].needs_class_token]
+    if 0 < len(need_it) < len(methods) and not has_class_token(backbone):
+        print(f"{backbone} has no class token, which these need: {', '.join(need_it)}")
+        methods = [method for method in methods if method not in need_it]
     rows = []
     for method in methods:
         if method == "dualpath":
             rows += [(method, {"num_frames": T}) for T in frames]
-            with_A_t0 = {"num_frames": frames[-1], "pre_attention_adapter": True}
-            rows.append((f"{method}+A_t0", with_A_t0))
+            rows.append(("dualpath+A_t0", rows[-1][1] | {"pre_attention_adapter": True}))
         else:
-            for T in (8, 16, 32) if method == "aim" else (8,):
+            lengths = [8, 16, 32] if method == "aim" else [8]  # in their papers
+            for T in lengths:
                 rows.append((method, {"method": method, "num_frames": T, "spatial_frames": T}))
     return rows
 
@@ -386,7 +385,7 @@ def main(argv=None):
 
 
 def add_report_options(add):
-    """Those of tools.cost, too."""
+    """Options that tools.cost shares."""
     names = ", ".join(METHODS)
     backbones = ["ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "swin_b", "ViT-B-16-SigLIP2"]
     add("--backbone", nargs="+", default=backbones, metavar="NAME", help="(%(default)s)")

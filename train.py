@@ -6,8 +6,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
         --rdzv_endpoint=HOST:29500 train.py --data k400          # two nodes, the same line on both
 
-A data set's recipe, below, sets the defaults of its options. A run that was cut off, anywhere, goes
-on with --resume.
+A data set's recipe, below, sets its options' defaults. --resume continues a run that was cut off.
 """
 
 import contextlib
@@ -36,15 +35,15 @@ from support.progress import BAR
 from support.resume import find_checkpoint
 from support.runs import Run
 
-# What a data set needs beyond the defaults of the options, by their names. "Command" is a line in
-# the authors' release, "code" its defaults, "costs" the paper's figures, which come out so.
-# Batches are rounded to divide by 8 processes.
+# Where a data set departs from the options' defaults, each value with its source: "command" is a
+# line in the authors' release, "code" a default in it, "costs" the value that gives the paper's
+# parameters and GMACs. lr is for 256 clips a step. Batches are rounded to divide by 8 processes.
 # fmt: off
 RECIPES = {
     "k400": dict(
         frames=32,            # costs
         sampling="dense",     # code
-        stride=(4,),          # AIM's and ST-Adapter's: 16 at 8 frames
+        stride=(4,),          # AIM's and ST-Adapter's: 16 at 8 frames, so 4 at 32
         test_stride=4,        # likewise
         batch=64,             # AIM's: no command for Kinetics is published
         lr=1.2e-3,            # AIM's: 3e-4 at 64 clips
@@ -54,7 +53,7 @@ RECIPES = {
     ),
     "ssv2": dict(
         frames=48,            # costs
-        pre_attention_adapter=True,  # 13 M weights come out so
+        pre_attention_adapter=True,  # costs
         sampling="uniform",   # AIM's, ST-Adapter's; code: dense, stride 1 2 4 8
         batch=88,             # command: 2 x 43
         lr=5e-4,              # command; 3.5e-4 in another
@@ -125,6 +124,7 @@ def main(argv=None):
 
 def train(args, rank, world_size, device):
     # ---- data, model, optimiser
+    # In turn: the first process may have to download or draw what the others then find.
     dtype, videos, model, resumed = in_turn(lambda: set_up(args, world_size, device))
     train_samples, val_samples = videos.train[: args.limit], videos.val[: args.limit]
     size = model.visual.image_size[0]
@@ -140,6 +140,7 @@ def train(args, rank, world_size, device):
         erasing=args.erasing,
         crop_area=args.crop_area,
     )
+    # One central view of each video; evaluate.py takes all of args.views.
     test_views = VideoViews(val_samples, args.frames, size, args.sampling, args.test_stride)
     steps_per_epoch = len(clips) // args.batch
     micro_batch = min(args.micro_batch or args.batch, args.batch // world_size)
@@ -193,19 +194,19 @@ def train(args, rank, world_size, device):
                     break
                 seed = hash((args.seed, epoch * steps_per_epoch + run.step, rank))
                 torch.manual_seed(seed)  # for dropout; Python salts the hashes of strings alone
-                loss_of_step = torch.zeros((), device=device)
+                step_loss = torch.zeros((), device=device)
                 parts = list(zip(video.split(micro_batch), label.split(micro_batch)))
                 for i, (video_part, label_part) in enumerate(parts):
                     video_part = video_part.to(device, non_blocking=True)  # (b, T, 3, S, S) uint8
                     label_part = label_part.to(device, non_blocking=True)
-                    # Processes exchange gradients once a step, after its last part.
+                    # Processes exchange gradients once a step, in its last part.
                     more_to_come = world_size > 1 and i < len(parts) - 1
-                    exchange = net.no_sync() if more_to_come else contextlib.nullcontext()
-                    with exchange, torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    sync = net.no_sync() if more_to_come else contextlib.nullcontext()
+                    with sync, torch.autocast(device.type, dtype, enabled=dtype is not None):
                         logits = net(video_part).float()  # (b, classes)
                         loss = F.cross_entropy(logits, label_part, reduction="sum") / len(video)
                     scaler.scale(loss).backward()
-                    loss_of_step += loss.detach()
+                    step_loss += loss.detach()
                 if args.clip_grad:
                     scaler.unscale_(optimizer)
                     torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -213,13 +214,15 @@ def train(args, rank, world_size, device):
                 scaler.update()
                 scheduler.step()
                 optimizer.zero_grad()
-                run.count_step(loss_of_step)
+                run.count_step(step_loss)
                 bar.set_postfix_str(run.progress(), refresh=False)
-            run.save()  # also of a whole epoch, which may be cut off while it is validated
+            run.save()  # before the validation, in which the run may be cut off
         run.exit_if_stopped()
-        rows = predict(model, test_views, device, dtype, micro_batch, args.workers, "validating")
-        run.log_failures([row.error for row in rows if row.error])
-        run.end_epoch(summarise(rows), args.batch)
+        predictions = predict(
+            model, test_views, device, dtype, micro_batch, args.workers, "validating"
+        )
+        run.log_failures([p.error for p in predictions if p.error])
+        run.end_epoch(summarise(predictions), args.batch)
     run.finish()
 
 
@@ -296,14 +299,14 @@ def warmup_then_cosine(warmup, total):
     return factor
 
 
-def batches(size, epoch, global_batch, seed=0, rank=0, world_size=1):
+def batches(num_clips, epoch, global_batch, seed=0, rank=0, world_size=1):
     """This process's part of each batch of an epoch: lists of (epoch, index).
 
     Their order depends on (seed, epoch) alone and is cut into global batches first, so that any
     number of processes trains on the same ones.
     """
-    permutation = np.random.default_rng([seed, epoch]).permutation(size)
-    whole = permutation[: size // global_batch * global_batch].reshape(-1, global_batch)
+    permutation = np.random.default_rng([seed, epoch]).permutation(num_clips)
+    whole = permutation[: num_clips // global_batch * global_batch].reshape(-1, global_batch)
     shares = [np.array_split(batch, world_size)[rank] for batch in whole]
     return [[(epoch, int(i)) for i in share] for share in shares]
 
@@ -312,7 +315,7 @@ def describe(args, videos, model, clips, test_views, lr, world_size, device, dty
     """What is about to be trained, on the terminal."""
     tuned, everything = count_parameters(model)
     missing = f"; {len(videos.missing)} listed videos are missing" if videos.missing else ""
-    exchange = f"; a step exchanges {4e-6 * tuned:.1f} MB of gradients" if world_size > 1 else ""
+    traffic = f"; a step exchanges {4e-6 * tuned:.1f} MB of gradients" if world_size > 1 else ""
     precision = str(dtype or torch.float32).removeprefix("torch.")
     say(
         f"data      {args.data}: {len(clips)} training and {len(test_views)} validation videos,"
@@ -320,11 +323,11 @@ def describe(args, videos, model, clips, test_views, lr, world_size, device, dty
     )
     say(
         f"model     {args.method} around {args.backbone}: {tuned / 1e6:.2f} M of"
-        f" {everything / 1e6:.2f} M weights are trained{exchange}"
+        f" {everything / 1e6:.2f} M weights are trained{traffic}"
     )
     say(
         f"clips     {args.frames} frames of {model.visual.image_size[0]} px, {args.sampling};"
-        f" the cost of {model.images} images"
+        f" the cost of {model.images_per_clip} images"
     )
     say(
         f"training  {args.epochs} epochs of {len(clips) // args.batch} steps of {args.batch} clips,"

@@ -377,7 +377,7 @@ def test_the_methods_that_need_a_class_token_say_so():
 @pytest.mark.parametrize("method", NEED_A_CLASS_TOKEN)
 @pytest.mark.parametrize("kind", WITHOUT_CLASS_TOKEN)
 def test_methods_that_need_a_class_token_are_refused_before_a_download(kind, method, options):
-    words = f"{method} needs a class token, which .* has not.* ViT-B-16-quickgelu"
+    words = f"{method} needs a class token, and .* has none.* ViT-B-16-quickgelu"
     with pytest.raises(UserError, match=words):
         build_model(**options(kind, method=method, pretrained="imagenet1k"))
 

@@ -84,7 +84,7 @@ def test_checkpointed_activations_change_nothing_but_what_is_kept(method):
     assert prepare(model, checkpoint_activations=True) is model
     kept_less, got = kept_for_backward(lambda: loss_and_gradients(model, video))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])  # dropout, too
-    all_tokens = video.shape[0] * model.images * 65 * 128 * 4  # bytes
+    all_tokens = video.shape[0] * model.images_per_clip * 65 * 128 * 4  # bytes
     # The inputs of four blocks, and what head and tokens keep.
     assert total_bytes(kept_less) <= 1.1 * (4 + 3) * all_tokens < total_bytes(kept) / 4
 

@@ -60,7 +60,7 @@ def steps_of(model, plain, batch, device, dtype):
     video = torch.randint(
         256, (batch, model.num_frames, 3, *size), dtype=torch.uint8, device=device
     )
-    images = batch * model.images
+    images = batch * model.images_per_clip
     pixels = torch.randn(images, 3, *size, device=device, dtype=dtype, requires_grad=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
