@@ -26,7 +26,7 @@ def saved_weights(model):
 
 
 def normalisation(model):
-    """What a file of weights does not tell, and no weight shows."""
+    """Of the image model's pixels; weights alone do not show them."""
     return [list(model.visual.image_mean), list(model.visual.image_std)]
 
 
@@ -77,9 +77,10 @@ def read_checkpoint(path):
     try:
         content = unpack(body)
     except Exception as error:  # pickle, zip and C++ readers each raise their own kinds
-        raise UserError(
-            f"{path} is refused: it holds other things than this project's plain values and tensors"
-        ) from error
+        reason = "it holds other things than this project's plain values and tensors"
+        if type(error) is ValueError:  # our own
+            reason = error
+        raise UserError(f"{path} is refused: {reason}") from error
     return content
 
 
@@ -93,9 +94,9 @@ def unpack(body):
     content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     check_plain(content)
     if content["format"] != 1:
-        raise ValueError("another format")
+        raise ValueError(f"its format is {content['format']}, and this version reads 1")
     if len(content["run"]["classes"]) != content["model"]["num_classes"]:
-        raise ValueError("names for other classes")
+        raise ValueError("its names are those of other classes")
     return content
 
 
@@ -108,14 +109,16 @@ def check_plain(content):
     while parts:
         part, count = parts.pop(), count + 1
         if count > MAX_VALUES:
-            raise ValueError("too many values")
+            raise ValueError("it holds too many values")
         if type(part) is dict:
             parts += [*part, *part.values()]
         elif type(part) in (list, tuple):
             parts += part
+        elif isinstance(part, torch.Tensor):
+            if not (part.is_cpu and part.is_contiguous()):
+                raise ValueError("it holds a tensor that is larger than its bytes")
         elif type(part) not in (str, int, float, bool, type(None)):
-            if not (part.is_cpu and part.is_contiguous()):  # raises for what is no tensor, too
-                raise ValueError("a tensor that is larger than its bytes")
+            raise ValueError(f"it holds a {type(part).__name__}")
 
 
 def load_weights(model, content, path, head=True):

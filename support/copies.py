@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import time
 from fractions import Fraction
 from typing import NamedTuple
@@ -96,16 +97,19 @@ def copy_video(short_side, job):
     write_whole(target, content)
     if read_frames(target, [0]).count != number:
         os.remove(target)
-        raise UserError(f"the copy {target} of {source} has not got its {number} frames")
+        raise UserError(f"the copy {target} of {source} does not have all of its {number} frames")
     seconds = time.process_time() - start
     return Copied(source, None, seconds, os.path.getsize(source), len(content))
 
 
 def write_whole(path, content):
-    """Write bytes to a file that appears only whole; layouts do not see names with a dot."""
+    """Write bytes to a file that appears only whole.
+
+    Until then its name begins with a dot, which layouts do not see, and is no other machine's.
+    """
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.part")
+    temporary = os.path.join(folder, f".{name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

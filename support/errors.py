@@ -29,6 +29,7 @@ def one_sentence(script):
     try:
         yield
     except MENDABLE as error:
-        raise SystemExit(f"{script}: {str(error).partition(chr(10))[0]}") from error
+        first_line = str(error).split("\n")[0]
+        raise SystemExit(f"{script}: {first_line}") from error
     except KeyboardInterrupt:
         raise SystemExit(f"{script}: stopped") from None

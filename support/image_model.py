@@ -111,11 +111,12 @@ def preprocessing(name):
 @contextmanager
 def silent_log():
     """open_clip's log lines are kept back: what matters in them is checked here."""
-    logging.disable(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.ERROR))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def download_hint(name, tag):

@@ -291,8 +291,8 @@ def check_complete(name, root, videos, split):
     absent = sorted({path for part, path in videos.missing if part == split})
     listed = len({path for path, _ in there}) + len(absent)
     # Every download of Kinetics lacks some videos; the other data sets come whole.
-    bearable = listed // 5 if name == "k400" else 0
-    if len(absent) > bearable:
+    tolerated = listed // 5 if name == "k400" else 0
+    if len(absent) > tolerated:
         raise UserError(
             f"{len(absent)} of {listed} {split} videos are not there (python -m tools.check_data"
             f" lists them), such as {absent[0]}"

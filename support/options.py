@@ -28,14 +28,16 @@ class HelpLines(argparse.ArgumentDefaultsHelpFormatter):
 
 # ---------------------------------------------------------------- types of values
 def number(least, most=math.inf, kind=float):
-    """A type for argparse: numbers from `least` to `most`."""
+    """A type for argparse: finite numbers from `least` to `most`."""
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most:
-                return kind(text)
+            value = kind(text)
+            if least <= value <= most and math.isfinite(value):
+                return value
         whole = "whole " if kind is int else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {least} to {most}")
+        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number {limits}")
 
     return parse
 
@@ -53,11 +55,11 @@ def views(text):
 
 
 # ---------------------------------------------------------------- shared options
-def add_data_options(add, default=None, note=""):
+def add_data_options(add, default=None, note="", split=" (1)"):
     names = ", ".join(SOURCES)
     add("--data", choices=SOURCES, default=default, metavar="NAME", help=f"{names}{note}")
     add("--root", help=f"folder of the data{note or ' (data/NAME)'}")
-    add("--split", type=int, choices=(1, 2, 3), help=f"HMDB51's{note or ' (1)'}")
+    add("--split", type=int, choices=(1, 2, 3), help=f"HMDB51's{note or split}")
 
 
 def add_machine_options(add):
@@ -109,12 +111,10 @@ def training_options(argv, methods, recipes):
 
 
 def run_name(args):
-    parts = [args.data, args.method, f"s{args.seed}"]
-    if args.paths != "both":
-        parts.insert(2, args.paths)
-    if args.split:
-        parts.insert(1, f"split{args.split}")
-    return "-".join(parts)
+    split = f"split{args.split}" if args.split else None
+    paths = args.paths if args.paths != "both" else None
+    parts = [args.data, split, args.method, paths, f"s{args.seed}"]
+    return "-".join(filter(None, parts))
 
 
 def add_run_options(parser):
@@ -232,7 +232,7 @@ def add_clip_options(add):
         nargs="+",
         metavar="N",
         default=(4,),
-        help="if dense; of several, one by chance",
+        help="for dense sampling; of several, one is drawn per clip",
     )
     add("--test-stride", type=at_least(1), default=4, metavar="N", help="the same in testing")
     add(

@@ -73,6 +73,8 @@ def processes(script, device_name="auto"):
             hint = "; --resume continues the run" if script == "train.py" else ""
             print(f"{script}: stopped by a signal{hint}")
         leave_group()
+        if isinstance(stop.code, str):
+            raise SystemExit(f"{script}: {stop.code}") from None
         raise
     except Exception as error:
         release(error)
@@ -206,6 +208,5 @@ def in_turn(work):
             refusal = str(error)
         refusals = [sentence for sentence in gather([refusal]) if sentence is not None]
         if refusals:
-            script = os.path.basename(sys.argv[0])
-            raise SystemExit(f"{script}: {refusals[0]}" if rank() == 0 else 1)
+            raise SystemExit(refusals[0] if rank() == 0 else 1)
     return result

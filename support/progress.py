@@ -24,12 +24,15 @@ def in_parallel(work, jobs, title, workers=None):
     """
     workers = workers or min(8, os.cpu_count())
     chunk = max(1, min(4, len(jobs) // (4 * workers)))  # of jobs, handed over at once
-    with concurrent.futures.ProcessPoolExecutor(workers, initializer=one_of_many) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         results = pool.map(work, jobs, chunksize=chunk)
-        yield from tqdm(results, title, len(jobs), unit="video", **BAR)
+        try:
+            yield from tqdm(results, title, len(jobs), unit="video", **BAR)
+        finally:  # if the caller has failed, what has not been begun is called off
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def one_of_many():
-    """The parent is the one to be interrupted; it calls off what has not been begun."""
+def start_worker():
+    """One thread; Ctrl-C is for the parent to handle."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -53,22 +53,19 @@ def read_frames(path, choose):
 
 
 def every_frame(path):
-    """Yield all frames that read_frames gives of a video, one at a time: (H, W, 3) uint8.
-
-    A long video of large frames does not fit in memory.
-    """
-    missing = read_frames(path, [0]).count
+    """Yield all frames of a video, (H, W, 3) uint8, which may not fit in memory, in any time."""
+    remaining = read_frames(path, [0]).count
     reformatter, shape = av.video.reformatter.VideoReformatter(), None
     with one_error(path):
-        for frame in itertools.islice(decode_all(path), missing):
+        for frame in itertools.islice(decode_all(path, seconds=float("inf")), remaining):
             image = upright(rgb(frame, reformatter), frame)
             shape = shape or image.shape
             if image.shape != shape:
                 raise ValueError(CHANGES_SIZE)
             yield image
-            missing -= 1
-        if missing:
-            raise ValueError(f"{missing} of its frames cannot be decoded")
+            remaining -= 1
+        if remaining:
+            raise ValueError(f"{remaining} of its frames cannot be decoded")
 
 
 @contextlib.contextmanager
@@ -147,7 +144,9 @@ def read_whole(path, choose):
 def chosen(choose, count, path):
     """The numbers of the wanted frames, each of which is there."""
     numbers = [int(i) for i in (choose(count) if callable(choose) else choose)]
-    for i in numbers or [-1]:  # none wanted, or none there: refused
+    if not numbers or count == 0:
+        raise VideoError(f"{path} has {count} frames, and {len(numbers)} are wanted")
+    for i in numbers:
         if not 0 <= i < count:
             raise VideoError(f"{path} has {count} frames, so no frame {i}")
     return numbers
@@ -195,9 +194,9 @@ def needed_packets(packets, targets):
     return needed
 
 
-def within_time(steps):
+def within_time(steps, seconds=None):
     """The same steps; a ValueError once they have taken too long."""
-    end = time.monotonic() + MAX_SECONDS
+    end = time.monotonic() + (seconds or MAX_SECONDS)
     for step in steps:
         if time.monotonic() > end:
             raise ValueError(
@@ -236,7 +235,7 @@ def decode_some(stream, packets, targets):
         yield from frames
 
 
-def decode_all(path):
+def decode_all(path, seconds=None):
     """Yield all frames, in order; VideoError at the end if far fewer come than the file promises.
 
     The decoder is a new one, since one that has been used may begin a cut video differently.
@@ -244,7 +243,7 @@ def decode_all(path):
     count, fields = 0, False
     with open_video(path) as container:
         stream, packets = video_packets(container, path)
-        for packet in within_time([*packets, None]):
+        for packet in within_time([*packets, None], seconds):
             for frame in stream.codec_context.decode(packet):
                 yield frame
                 count += 1

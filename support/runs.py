@@ -240,7 +240,7 @@ class Run:
 
     def end(self, why):
         """Called in all processes alike."""
-        raise SystemExit(f"train.py: {why}" if rank() == 0 else 1)
+        raise SystemExit(why if rank() == 0 else 1)
 
 
 def problems(line):

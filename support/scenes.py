@@ -17,7 +17,7 @@ MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 TEXTURES = ("horizontal", "vertical")
 MOVING_CLASSES = [(motion, texture) for motion in MOTIONS for texture in TEXTURES]
 SIZE = 64  # pixels of a side
-FRAMES = 16  # of a clip
+FRAMES, RATE = 16, 8  # of a clip, a second
 SAMPLED = (0, 4, 8, 12)  # those that the demo's spatial path sees
 
 
@@ -69,10 +69,10 @@ def draw_moving(seed, motion, texture):
     return np.stack([scene.draw(texture, cy + dy * s, cx + dx * s) for s in steps])
 
 
-def write_video(path, frames, rate=8):
+def write_video(path, frames):
     """frames (T, H, W, 3) uint8 → an H.264 mp4 at `path`, the same bytes every time."""
     with av.open(f"file:{path}", "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
+        stream = container.add_stream("libx264", rate=RATE)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # With mbtree x264 is not deterministic; with more threads its bytes can depend on the

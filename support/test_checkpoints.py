@@ -263,6 +263,22 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("another format", "its format is 2, and this version reads 1"),
+        ("names for other classes", "its names are those of other classes"),
+        ("a kind that is not plain", "it holds a Counter"),
+        ("no run", "it holds other things than this project's plain values and tensors"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(name, reason, tmp_path):
+    content = read_checkpoint(save(build_model(**TINY), tmp_path / "a.pt"))
+    HOSTILE[name](content)
+    with pytest.raises(UserError, match=f"is refused: {reason}"):
+        read_checkpoint(seal(tmp_path / "b.pt", packed(content)))
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_checkpoint_is_refused_before_anything_is_built(name, tmp_path, monkeypatch):
     path = save(build_model(**TINY), tmp_path / "a.pt")

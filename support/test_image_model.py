@@ -1,6 +1,7 @@
 """The image model: what does not belong together is refused, and weights come from many files."""
 
 import json
+import logging
 
 import open_clip
 import pytest
@@ -54,6 +55,14 @@ def test_weights_and_backbones_that_do_not_belong_together_are_refused_at_once(
 ):
     with pytest.raises(UserError, match=words):
         build_model(backbone=backbone, pretrained=tag)
+
+
+def test_what_was_logged_before_is_logged_again(builtin):
+    for level in (logging.NOTSET, logging.CRITICAL):
+        logging.disable(level)
+        image_model.load_image_model(str(builtin), None)
+        assert logging.root.manager.disable == level
+    logging.disable(logging.NOTSET)
 
 
 def test_without_a_network_the_sentence_says_what_to_do(monkeypatch):

@@ -273,6 +273,20 @@ def test_hostile_files_meet_limits(tmp_path, monkeypatch):
             read_frames(path, [59])
 
 
+def test_what_the_caller_does_between_frames_may_take_long(tmp_path, monkeypatch):
+    path, seconds = write_anything(str(tmp_path / "a.mp4"), **x264()), [0]
+    monkeypatch.setattr(reader.time, "monotonic", lambda: seconds[0])
+    for _ in reader.every_frame(path):
+        seconds[0] += 30
+    assert seconds[0] == 60 * 30
+
+
+def test_no_frame_is_no_clip(tmp_path):
+    path = write_anything(str(tmp_path / "a.mp4"), **x264())
+    with pytest.raises(VideoError, match="has 60 frames, and 0 are wanted"):
+        read_frames(path, [])
+
+
 EXTREMES = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1"]
 
 

@@ -97,16 +97,15 @@ def parse(argv):
     )
     add = parser.add_argument
     options.add_data_options(add, default="demo")
-    sizes = (1, 8, 16, 32, 48)
-    add("--frames", type=int, default=16, choices=sizes, help="frames per clip, of 224 px")
+    whole = options.at_least(1)
+    add("--frames", type=whole, default=16, metavar="N", help="frames per clip, of 224 px")
     add(
         "--sampling",
         choices=("dense", "uniform"),
         default="uniform",
         help="every fourth frame, or the whole length",
     )
-    least = options.at_least(1)
-    add("--limit", type=least, metavar="N", help="only so many videos, drawn by chance (all)")
+    add("--limit", type=whole, metavar="N", help="a random sample of N videos (all)")
     return parser.parse_args(argv)
 
 

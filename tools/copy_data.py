@@ -14,6 +14,7 @@ import json
 import os
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -29,8 +30,7 @@ SETTINGS = "copies.json"  # in B: what the copies there are
 # ---------------------------------------------------------------- where everything goes
 def inside(path, folder):
     """Does the path lie in the folder, or is it the folder, whatever links there are?"""
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath((path, folder)) == folder
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def copy_of(path, root):
@@ -77,7 +77,7 @@ def claim(out, settings):
             found = json.load(file)
         if found != settings:
             raise UserError(f"{out} holds copies made with {found}, not {settings}: take another")
-    elif os.path.isdir(out) and os.listdir(out):
+    elif os.path.isdir(out) and any(not name.startswith(".") for name in os.listdir(out)):
         raise UserError(f"{out} is not empty, and holds no copies to go on with: take a new folder")
     write_whole(path, json.dumps(settings).encode())
 
@@ -129,13 +129,13 @@ def stem(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def lost_videos(out):
-    """The videos that any part of the work could not read."""
+def lost_videos(root, out):
+    """The videos that no part of the work could read."""
     lost = set()
     for path in glob.glob(os.path.join(glob.escape(out), "unreadable*.csv")):
         with open(path, newline="", errors="surrogateescape") as file:
             lost |= {row[0] for row in csv.reader(file)}
-    return lost
+    return {path for path in lost if not os.path.exists(os.path.join(out, copy_of(path, root)))}
 
 
 # ---------------------------------------------------------------- the command
@@ -154,7 +154,7 @@ def parse(argv):
         description="Copy a data set into small videos that read fast, in the same layout.",
     )
     add = parser.add_argument
-    options.add_data_options(add)
+    options.add_data_options(add, split=" (all three)")
     add("--out", required=True, metavar="B", help="folder of the copies")
     side = options.number(16, 4096, int)
     add("--short-side", type=side, default=SHORT_SIDE, metavar="PX", help="nothing is enlarged")
@@ -213,7 +213,10 @@ def main(argv=None):
         jobs = jobs[which::parts]
         todo = [job for job in jobs if not os.path.exists(job[1])]
         done = copy_videos(todo, args)
-        copy_annotations(args.data, args.root, args.out, lost_videos(args.out))
+        lost = None
+        while lost != lost_videos(args.root, args.out):  # another machine may end just now, too
+            lost = lost_videos(args.root, args.out)
+            copy_annotations(args.data, args.root, args.out, lost)
         summary(done, len(jobs) - len(todo), missing, args.out)
 
 

@@ -17,7 +17,7 @@ import torch
 import train
 from model import build_model, count
 from support.checkpoints import read_checkpoint
-from support.errors import UserError
+from support.errors import MENDABLE, UserError
 from support.resume import FREE
 from tools.results import Result, read_predictions, read_result, write_result
 
@@ -95,7 +95,7 @@ def is_done(job):
 
 
 def what_differs(job, result):
-    """In what a result is not the job's: words for a sentence, none if it is."""
+    """How a result differs from the job, as phrases; none if it is the job's."""
     settings, digests = learned_from(job.words), result.about["digests"]
     defaults = learned_from(["--data", settings["data"]])  # for options added since
     was = defaults | result.about["settings"]
@@ -122,6 +122,15 @@ def about_run(job):
         "gmacs": round(counts["GMACs/view"], 4),
         "seconds_per_epoch": median(seconds),
     }
+
+
+def write_results(job, tested):
+    """Write what a job's tests gave → the Result of ordinary clips."""
+    about = about_run(job)
+    results = {path: Result(about, answers) for path, answers in tested.items()}
+    for path, result in results.items():
+        write_result(path, result)
+    return results[job.result]
 
 
 # ---------------------------------------------------------------- doing them
@@ -157,17 +166,15 @@ class Runner:
         futures = {self.pool.submit(self.do, job): job for job in jobs}
         for future in concurrent.futures.as_completed(futures):
             job = futures[future]
+            result, failure = None, None
             try:
-                tested, about = future.result(), about_run(job)
-                for path, answers in tested.items():
-                    result = Result(about, answers)
-                    write_result(path, result)
-                yield job, result, None
+                result = write_results(job, future.result())
             except Exception as error:  # whatever it is, the other jobs go on
-                yield job, None, error
+                failure = str(error) if isinstance(error, MENDABLE) else repr(error)
+            yield job, result, failure
 
     def do(self, job):
-        """Train and test → {file of a result: its answers}; the last one is of ordinary clips."""
+        """Train and test → {file of a result: its answers}."""
         slot, tested = self.slots.get(), {}
         try:
             os.makedirs(os.path.dirname(job.folder), exist_ok=True)

@@ -34,26 +34,26 @@ def attention(model, video):
 
     video: (1, T, 3, H, W) uint8 → (T_s, rows, cols) of frames and (T_G, rows, cols) of framesets,
     in patches, the mean over heads; a path that is not there has no rows. For a model on the CPU,
-    in float32, where nn.MultiheadAttention itself is run: it can tell its weights.
+    in float32, where nn.MultiheadAttention itself is run: it can return its weights.
     """
     attn = model.visual.blocks[-1].attn
     size = [side // model.visual.patch_size[0] for side in model.visual.image_size]
     if not isinstance(attn, nn.MultiheadAttention) or video.device.type != "cpu":
         raise UserError(
-            f"the attention of {model.config['backbone']!r} on {video.device} does not tell its"
+            f"the attention of {model.config['backbone']!r} on {video.device} cannot return its"
             " weights: no picture"
         )
     seen = []
 
-    def ask(module, inputs, kwargs):
+    def request_weights(module, inputs, kwargs):
         return inputs, dict(kwargs, need_weights=True)
 
-    def hear(module, inputs, outputs):
+    def keep_weights(module, inputs, outputs):
         seen.append(outputs[1])  # (images, tokens, tokens)
 
-    asking = attn.register_forward_pre_hook(ask, with_kwargs=True)
-    hearing = attn.register_forward_hook(hear)
-    with asking, hearing, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    requesting = attn.register_forward_pre_hook(request_weights, with_kwargs=True)
+    keeping = attn.register_forward_hook(keep_weights)
+    with requesting, keeping, torch.no_grad():
         model.eval()(video)
     if not seen:
         raise UserError(f"{model.config['method']} computes attention without weights: no picture")
@@ -191,23 +191,26 @@ def parse(argv):
         prog="python -m tools.look", description="Pictures of models and runs."
     )
     kinds = parser.add_subparsers(required=True)
-    add = kinds.add_parser("attention", help="where a model looks in a clip").add_argument
+    kind = kinds.add_parser("attention", help="where a model looks in a clip")
+    kind.set_defaults(act=draw_attention)
+    add = kind.add_argument
     add("checkpoint", help="best.pt or last.pt of a run")
     add("video")
     add("picture", type=picture, metavar="FILE.png")
     add("--views", type=options.views, metavar="CLIPSxCROPS", help="of which the middle is drawn")
     add("--backbone", metavar="NAME", help="where the image model is, if not where it was")
     add("--pretrained", metavar="TAG", help="likewise, the file or tag of its weights")
-    kinds.choices["attention"].set_defaults(act=draw_attention)
-    add = kinds.add_parser("classes", help="accuracy of each class, confusions").add_argument
+    kind = kinds.add_parser("classes", help="accuracy of each class, confusions")
+    kind.set_defaults(act=draw_classes)
+    add = kind.add_argument
     add("checkpoint", help="best.pt or last.pt of a run")
     add("picture", type=picture, metavar="FILE.png")
     add("--predictions", metavar="FILE.csv", help="keep the table; other options: evaluate.py's")
-    kinds.choices["classes"].set_defaults(act=draw_classes)
-    add = kinds.add_parser("curves", help="loss, learning rate and accuracy of a run").add_argument
+    kind = kinds.add_parser("curves", help="loss, learning rate and accuracy of a run")
+    kind.set_defaults(act=draw_curves)
+    add = kind.add_argument
     add("run", help="its folder")
     add("picture", type=picture, metavar="FILE.png")
-    kinds.choices["curves"].set_defaults(act=draw_curves)
     args, args.rest = parser.parse_known_args(argv)
     if args.rest and args.act is not draw_classes:
         parser.error(f"unknown: {' '.join(args.rest)}")

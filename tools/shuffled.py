@@ -1,10 +1,10 @@
-"""Evaluate a checkpoint on clips whose frames are in an order drawn by chance: is time used?
+"""Evaluate a checkpoint on clips whose frames are in random order: is time used?
 
     python -m tools.shuffled runs/NAME/last.pt --predictions shuffled.csv
 
 The options are evaluate.py's. The T_s frames that are seen at full size change places among
 themselves, and so do the others: what is blind to order then sees the same images, and keeps its
-accuracy. (One order of 24 of four full-size frames is the old one.)
+accuracy. (Of the 24 orders of four frames one is the original.)
 """
 
 import numpy as np

@@ -300,6 +300,12 @@ def test_a_failed_run_is_named_and_the_others_go_on(folds, in_process, capsys):
     assert list(read_table()) == ["linear"] and "linear-fold1-s0" in out
 
 
+def test_what_we_did_not_foresee_is_named_by_its_kind(folds, in_process, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "about_run", lambda job: {}["seconds"])
+    assert compare.main(command(methods=["linear"])) == 1
+    assert "failed: linear-fold0-s0: KeyError('seconds')" in capsys.readouterr().err
+
+
 def test_what_is_blind_to_order_keeps_its_answers_on_shuffled_frames(folds, in_process):
     compare.main(
         command(

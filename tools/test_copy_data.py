@@ -297,6 +297,24 @@ def test_what_cannot_be_read_is_listed_and_left_out(tmp_path, capsys):
             assert digest(a) == digest(getattr(got, split))
 
 
+def test_a_video_that_could_be_copied_later_is_lost_no_more(tmp_path, capsys):
+    root, out = tmp_path / "set", tmp_path / "copies"
+    benchmark("ssv2", root)
+    broken = root / "20bn-something-something-v2/70.webm"
+    content = broken.read_bytes()
+    broken.write_bytes(b"nonsense")
+    os.makedirs(out)
+    (out / ".copies.json.another-machine.7").touch()  # which that machine is about to rename
+    for part in ("1/2", "2/2"):
+        copy_set("ssv2", root, out, "--part", part)
+    assert "1 unreadable and left out" in capsys.readouterr().out
+    want = digest(find_videos("ssv2", str(root)).train)
+    assert digest(find_videos("ssv2", str(out)).train) != want
+    broken.write_bytes(content)
+    copy_set("ssv2", root, out)
+    assert digest(find_videos("ssv2", str(out)).train) == want
+
+
 # ---------------------------------------------------------------- stopped, shared out, refused
 def test_it_goes_on_where_it_was_and_parts_make_a_whole(micro, tmp_path, capsys):
     out, whole = tmp_path / "parts", tmp_path / "whole"

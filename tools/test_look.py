@@ -111,9 +111,9 @@ def test_attention_that_nn_multihead_attention_does_not_compute_is_a_sentence(mo
 def test_attention_that_keeps_its_weights_is_a_sentence(tmp_path):
     folder = vit_folder(tmp_path / "custom", block_type="custom", scale_attn=True)
     model = build_model(**TINY | {"backbone": folder, "pretrained": None}).eval()
-    with pytest.raises(UserError, match="custom.*does not tell its weights"):
+    with pytest.raises(UserError, match="custom.*cannot return its weights"):
         look.attention(model, random_video(1, size=32))
-    with pytest.raises(UserError, match="on meta does not tell its weights"):
+    with pytest.raises(UserError, match="on meta cannot return its weights"):
         look.attention(build_model(**TINY), random_video(1).to("meta"))
 
 
