@@ -448,7 +448,7 @@ def test_weights_that_there_are_not_are_refused(name, tag, words):
 @pytest.mark.parametrize("kind", WITHOUT_CLASS_TOKEN)
 def test_a_picture_of_attention_is_refused(kind, options):
     model = build_model(**options(kind))
-    with pytest.raises(UserError, match="does not tell its weights: no picture"):
+    with pytest.raises(UserError, match="cannot return its weights: no picture"):
         attention(model, random_video(1))
 
 
