@@ -12,24 +12,6 @@ def table(rows):
     return ["  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in cells]
 
 
-def write_table(rows, path):
-    """Dicts with the same keys, of text → path.md, which is printed as well, and path.csv."""
-    if not rows:
-        return
-    lines = [list(rows[0]), ["---"] * len(rows[0])] + [list(row.values()) for row in rows]
-    text = ""
-    for line in lines:
-        cells = [cell.replace("|", "\\|") for cell in line]
-        text += f"| {' | '.join(cells)} |\n"
-    with open(f"{path}.md", "w") as file:
-        file.write(text)
-    with open(f"{path}.csv", "w", newline="") as file:
-        cells = csv.DictWriter(file, rows[0], lineterminator="\n")
-        cells.writeheader()
-        cells.writerows(rows)
-    print(text, end="")
-
-
 def write_predictions(path, rows, samples, classes):
     """A line a video: its path, its label, then pairs of a likely class and its score.
 

@@ -27,9 +27,8 @@ from support import options
 from support.errors import UserError, one_sentence
 from support.layouts import digest, find_videos
 from support.processes import on_signals
-from support.tables import write_table
 from tools.jobs import Job, Runner, cores_each, digests_of_files, is_done
-from tools.results import accuracy, group_of, table_of
+from tools.results import accuracy, group_of, table_of, write_table
 
 
 # ---------------------------------------------------------------- which runs there are
@@ -223,7 +222,9 @@ def main(argv=None):
             print("compare.py: stopped by a signal; the same command goes on where it was")
             raise
         finally:
-            write_table(table_of(jobs, args), os.path.join(args.results, "table"))
+            rows = table_of(jobs, args)
+            if rows:
+                print(write_table(rows, os.path.join(args.results, "table")), end="")
         for sentence in failures:
             print(f"failed: {sentence}", file=sys.stderr)
         return int(bool(failures))

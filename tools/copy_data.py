@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from support import options
-from support.copies import SHORT_SIDE, copy_video, write_whole
 from support.errors import UserError, one_sentence
 from support.layouts import SPLITS, find_videos, read_list
 from support.progress import in_parallel
+from tools.copies import SHORT_SIDE, copy_video, write_whole
 
 SETTINGS = "copies.json"  # in B: what the copies there are
 

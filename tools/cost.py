@@ -5,19 +5,16 @@
 The plain model (the library's own, never compiled) sees as many images as the method. Its training
 step is a forward and a backward to the pixels: the least that any method costs that trains inside
 it. All steps take turns in random order, so that noise falls on all alike; the first round warms
-up, and a ratio is the median of the rounds' ratios.
+up, and a ratio is the median of the rounds' ratios. MFU (model FLOPs utilisation) is the share of
+the device's own rate in a large product that training comes to.
 """
 
 import argparse
 import json
-import random
 from functools import partial
 from statistics import median
-from timeit import timeit
-from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from model import add_report_options, build_model, count, variants
 from support import options
@@ -25,18 +22,11 @@ from support.errors import UserError, one_sentence
 from support.image_model import load_plain_model
 from support.prepare import prepare
 from support.tables import table
+from tools.timing import ratio, take_turns
 
-# Forwards' worth of products in a training step: the way back through frozen weights costs one.
-PRODUCTS = {"linear": 1, "full": 3}
-
-
-class Steps(NamedTuple):
-    """What is measured for one variant, each a function without arguments."""
-
-    forward: object
-    train: object
-    plain_forward: object
-    plain_train: object
+# What a training step computes, in forward passes. The way back through frozen weights takes one,
+# the gradients of the image model's own weights another; a linear probe needs neither.
+FORWARDS = {"linear": 1, "full": 3}
 
 
 def step(net, x, dtype=None, train=False, optimizer=None):
@@ -56,6 +46,7 @@ def step(net, x, dtype=None, train=False, optimizer=None):
 
 
 def steps_of(model, plain, batch, device, dtype):
+    """What is measured for one variant: {kind: function without arguments}."""
     size = model.visual.image_size
     video = torch.randint(
         256, (batch, model.num_frames, 3, *size), dtype=torch.uint8, device=device
@@ -64,12 +55,12 @@ def steps_of(model, plain, batch, device, dtype):
     pixels = torch.randn(images, 3, *size, device=device, dtype=dtype, requires_grad=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
-    return Steps(
-        partial(step, model, video, dtype),
-        partial(step, model, video, dtype, train=True, optimizer=optimizer),
-        partial(step, plain, pixels),
-        partial(step, plain, pixels, train=True),
-    )
+    return {
+        "forward": partial(step, model, video, dtype),
+        "train": partial(step, model, video, dtype, train=True, optimizer=optimizer),
+        "plain forward": partial(step, plain, pixels),
+        "plain train": partial(step, plain, pixels, train=True),
+    }
 
 
 def large_product(device, dtype):
@@ -77,30 +68,6 @@ def large_product(device, dtype):
     n = 2048 if device.type == "cpu" else 8192
     square = torch.randn(n, n, device=device, dtype=dtype)
     return lambda: square @ square, n**3
-
-
-def wait(device):
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def take_turns(steps, rounds, device):
-    """Seconds of each step in each round but the first. steps: {name: function}."""
-
-    def timed(function):
-        function()
-        wait(device)
-
-    seconds = {name: [] for name in steps}
-    for _ in tqdm(range(rounds + 1), "measuring", unit="round", leave=False):
-        for name in random.sample(list(steps), len(steps)):
-            wait(device)
-            seconds[name].append(timeit(partial(timed, steps[name]), number=1))
-    return {name: taken[1:] for name, taken in seconds.items()}
-
-
-def ratio(seconds, others):
-    return median(a / b for a, b in zip(seconds, others))
 
 
 def peak_gigabytes(net, run):
@@ -122,28 +89,27 @@ def memory_columns(model, plain, steps, batch, device):
     if device.type != "cuda":
         return {}
     return {
-        "GB/clip": peak_gigabytes(model, steps.train) / batch,
-        "plain GB/clip": peak_gigabytes(plain, steps.plain_train) / batch,
+        "GB/clip": peak_gigabytes(model, steps["train"]) / batch,
+        "plain GB/clip": peak_gigabytes(plain, steps["plain train"]) / batch,
     }
 
 
 def cost_row(name, counts, seconds, first_forward, batch, rate):
     """One row of the table.
 
-    counts: model.count's. seconds: Steps of lists. first_forward: the seconds of the first row's.
-    rate: multiply-accumulates a second of the device's own large product; `use` is the share of it
-    that training comes to.
+    counts: model.count's. seconds: {kind: those of its rounds}. first_forward: those of the first
+    row's. rate: multiply-accumulates a second of the device's own large product.
     """
-    products = PRODUCTS.get(name, 2) * counts["GMACs/view"] * 1e9 * batch
+    macs = FORWARDS.get(name, 2) * counts["GMACs/view"] * 1e9 * batch
     return {
         "method": name,
         **counts,
-        "forward/s": batch / median(seconds.forward),
-        "forward ÷ plain": ratio(seconds.forward, seconds.plain_forward),
-        "train/s": batch / median(seconds.train),
-        "train ÷ plain": ratio(seconds.train, seconds.plain_train),
-        "growth": ratio(seconds.forward, first_forward),
-        "use": products / median(seconds.train) / rate,
+        "forward/s": batch / median(seconds["forward"]),
+        "forward ÷ plain": ratio(seconds["forward"], seconds["plain forward"]),
+        "train/s": batch / median(seconds["train"]),
+        "train ÷ plain": ratio(seconds["train"], seconds["plain train"]),
+        "growth": ratio(seconds["forward"], first_forward),
+        "MFU": macs / median(seconds["train"]) / rate,
     }
 
 
@@ -151,7 +117,7 @@ def measure(backbone, args, device, dtype):
     """(rows, rate of a large product) of one backbone."""
     plain = load_plain_model(backbone, None).to(device, dtype).requires_grad_(False)
     product, macs = large_product(device, dtype)
-    names, counts, models, all_steps = [], [], [], {"product": product}
+    names, counts, models, steps, everything = [], [], [], [], {"product": product}
     for i, (name, config) in enumerate(variants(backbone, args.method, args.frames)):
         config = dict(config, backbone=backbone, pretrained=None)
         with torch.device("meta"):
@@ -160,16 +126,16 @@ def measure(backbone, args, device, dtype):
         prepare(model, dtype, args.compile, args.checkpoint_activations)
         names.append(name)
         models.append(model)
-        for kind, function in steps_of(model, plain, args.batch, device, dtype)._asdict().items():
-            all_steps[i, kind] = function
-    seconds = take_turns(all_steps, args.rounds, device)
+        steps.append(steps_of(model, plain, args.batch, device, dtype))
+        everything |= {(i, kind): function for kind, function in steps[i].items()}
+    wait = torch.accelerator.synchronize if device.type != "cpu" else None
+    seconds = take_turns(everything, args.rounds, wait)
     rate = macs / median(seconds["product"])
     rows = []
     for i, name in enumerate(names):
-        steps = Steps(*(all_steps[i, kind] for kind in Steps._fields))
-        own = Steps(*(seconds[i, kind] for kind in Steps._fields))
+        own = {kind: seconds[i, kind] for kind in steps[i]}
         row = cost_row(name, counts[i], own, seconds[0, "forward"], args.batch, rate)
-        rows.append(row | memory_columns(models[i], plain, steps, args.batch, device))
+        rows.append(row | memory_columns(models[i], plain, steps[i], args.batch, device))
     return rows, rate
 
 
@@ -206,8 +172,8 @@ def main(argv=None):
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"{reason} (a smaller --batch takes less memory)") from error
             tera = 2e-12 * rate
-            print(f"{backbone}: {args.batch} clips, {machine}, {dtype}; a large product has")
-            print(f"{tera:.3g} TFLOP/s", *table(rows), "", sep="\n")
+            print(f"{backbone}: {args.batch} clips, {machine}, {dtype}")
+            print(f"a large product has {tera:.3g} TFLOP/s", *table(rows), "", sep="\n")
             result["rows"] += [{"backbone": backbone} | row for row in rows]
         if args.json:
             with open(args.json, "w") as file:

@@ -11,8 +11,7 @@ import argparse
 import contextlib
 import json
 import os
-import random
-import time
+from functools import partial
 from statistics import median
 
 import av
@@ -24,6 +23,7 @@ from support import options
 from support.errors import one_sentence
 from support.reader import VideoError, one_error, read_frames
 from support.tables import table
+from tools.timing import ratio, take_turns
 
 
 def ours(path, numbers):
@@ -101,17 +101,6 @@ def on_one_core():
             os.sched_setaffinity(0, cores)
 
 
-def take_turns(readers, path, numbers, rounds):
-    """Seconds of each reader in each round but the first."""
-    seconds = {name: [] for name in readers}
-    for _ in range(rounds + 1):
-        for name in random.sample(list(readers), len(readers)):
-            start = time.perf_counter()
-            readers[name](path, numbers)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: taken[1:] for name, taken in seconds.items()}
-
-
 def compare(path, args):
     """A row for each reader of one video."""
     count = read_frames(path, [0]).count
@@ -120,10 +109,10 @@ def compare(path, args):
     if "ours" not in readers:
         raise VideoError(f"{path} is not compared, for the reason above")
     reference = whole_file(path, numbers).astype(int)
-    seconds = take_turns(readers, path, numbers, args.rounds)
+    steps = {name: partial(read, path, numbers) for name, read in readers.items()}
+    seconds = take_turns(steps, args.rounds)
     rows = []
     for name, read in readers.items():
-        ratios = [mine / theirs for mine, theirs in zip(seconds["ours"], seconds[name])]
         images = read(path, numbers)
         difference = "size"
         if images.shape == reference.shape:
@@ -133,7 +122,7 @@ def compare(path, args):
                 "reader": name,
                 "frames": f"{len(numbers)} of {count}",
                 "ms": 1000 * median(seconds[name]),
-                "ours ÷ it": median(ratios),
+                "ours ÷ it": ratio(seconds["ours"], seconds[name]),
                 "largest difference": difference,
                 "identical": "yes" if difference == 0 else "no",
             }

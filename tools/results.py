@@ -214,3 +214,19 @@ def table_of(jobs, args):
         row["s/epoch"] = f"{median(about['seconds_per_epoch'] for about in abouts):.1f}"
         rows.append(row)
     return rows
+
+
+def write_table(rows, path):
+    """Dicts with the same keys, of text → path.md, whose text is returned, and path.csv."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])] + [list(row.values()) for row in rows]
+    text = ""
+    for line in lines:
+        cells = [cell.replace("|", "\\|") for cell in line]
+        text += f"| {' | '.join(cells)} |\n"
+    with open(f"{path}.md", "w") as file:
+        file.write(text)
+    with open(f"{path}.csv", "w", newline="") as file:
+        cells = csv.DictWriter(file, rows[0], lineterminator="\n")
+        cells.writeheader()
+        cells.writerows(rows)
+    return text

@@ -34,9 +34,8 @@ from conftest import (
 from data import clip_frames
 from model import build_model
 from support.errors import UserError
-from support.tables import write_table
 from tools import compare, jobs, results, shuffled
-from tools.results import Result
+from tools.results import Result, write_table
 
 
 # ---------------------------------------------------------------- accuracies and intervals
@@ -104,10 +103,10 @@ def test_a_difference_is_over_the_seeds_that_both_rows_have():
     assert results.difference(first, first, None) == "–"
 
 
-def test_a_table_is_written_as_markdown_and_csv(tmp_path, capsys):
-    write_table([{"method": "aim", "without a|b": "50.0"}], str(tmp_path / "table"))
+def test_a_table_is_written_as_markdown_and_csv(tmp_path):
+    text = write_table([{"method": "aim", "without a|b": "50.0"}], str(tmp_path / "table"))
     want = "| method | without a\\|b |\n| --- | --- |\n| aim | 50.0 |\n"
-    assert (tmp_path / "table.md").read_text() == want == capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() == want == text
     assert (tmp_path / "table.csv").read_text() == "method,without a|b\naim,50.0\n"
 
 

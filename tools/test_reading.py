@@ -35,14 +35,6 @@ def test_the_middle_of_a_video_is_read_or_all_of_a_short_one(count, numbers):
     assert np.diff(got).tolist() == np.diff(numbers).tolist()
 
 
-def test_readers_take_turns_and_the_first_round_does_not_count():
-    calls = []
-    readers = {name: lambda path, numbers, name=name: calls.append(name) for name in "ab"}
-    seconds = reading.take_turns(readers, "path", [0], 4)
-    rounds = [set(calls[i : i + 2]) for i in range(0, 10, 2)]
-    assert rounds == 5 * [{"a", "b"}] and {len(taken) for taken in seconds.values()} == {4}
-
-
 def test_what_is_not_installed_is_said_and_the_others_are_compared(
     video, tmp_path, monkeypatch, capsys
 ):
