@@ -112,7 +112,8 @@ class Unadapted(nn.Module):
 
     def forward(self, merging, *paths):
         """paths: x alone, or x and z, (images, L, d) → (images, L / 4, 2d)."""
-        merged = [merging(tokens).to(tokens.dtype) for tokens in paths]
+        merged = merging(torch.cat(paths)).split([path.shape[0] for path in paths])
+        merged = [tokens.to(path.dtype) for tokens, path in zip(merged, paths)]
         return merged if len(paths) > 1 else merged[0]
 
 
@@ -151,7 +152,7 @@ class FullBlock(FrameBlock):
 class VPTBlock(FrameBlock):
     """VPT-Deep (Jia et al., ECCV 2022): prompt tokens P beside x, whose outputs are dropped.
 
-    x' = x + MHA(LN1 [x ; P])          x'' = x' + MLP(LN2 x')          (x's own rows alone)
+    x' = x + MHA(LN1 [x ; P])          x'' = x' + MLP(LN2 x')          (x's own tokens alone)
     """
 
     needs_class_token = True
@@ -188,7 +189,7 @@ class AdaptFormerBlock(FrameBlock):
 
 
 class ProTuningBlock(FrameBlock):
-    """Pro-tuning (Nie et al., 2022): features get a prompt added, which convolutions make of them.
+    """Pro-tuning (Nie et al., 2022): convolutions make a prompt of the features and add it.
 
     x' = x + MHA(LN1 x)     y = x' + MLP(LN2 x')     x'' = y + W_up · GELU(DWConv5×5(W_down · y))
 
@@ -218,7 +219,7 @@ class ProTuningBlock(FrameBlock):
 
 
 class STAdapter(nn.Module):
-    """A(x) = x + W_up · DWConv3×1×1(W_down · x): mixes a patch with those in the frames beside."""
+    """A(x) = x + W_up · DWConv3×1×1(W_down · x): mixes a patch with its neighbours in time."""
 
     def __init__(self, d, frames, bottleneck, dropout):
         super().__init__()
@@ -335,10 +336,7 @@ def MHA(block, x):
 
 
 def project(block, x):
-    """The frozen projections to q, k and v: (images, L, d) → (images, L, 3d).
-
-    By itself for methods that change them (LoRA: docs/new_method.md).
-    """
+    """The frozen q, k and v, for methods that change them: (images, L, d) → (images, L, 3d)."""
     if not hasattr(block, "attention"):
         raise UserError(
             "this method changes the projection to q, k and v, which the blocks of this backbone"

@@ -292,7 +292,7 @@ def load_checkpoint(path, backbone=None, pretrained=None):
             config["pretrained"] = pretrained or config["pretrained"]
         check_claims(path, config, content)
         model = build_model(**config)
-        model.config["pretrained"] = content["model"]["pretrained"]  # saved_weights asks
+        model.config["pretrained"] = content["model"]["pretrained"]  # for saved_weights
         load_weights(model, content, path)
     except (TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{path} is refused: its configuration makes no model: {error}") from error

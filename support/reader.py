@@ -53,7 +53,7 @@ def read_frames(path, choose):
 
 
 def every_frame(path):
-    """Yield all frames of a video, (H, W, 3) uint8, which may not fit in memory, in any time."""
+    """Yield all frames of a video, (H, W, 3) uint8, one at a time, however long it takes."""
     remaining = read_frames(path, [0]).count
     reformatter, shape = av.video.reformatter.VideoReformatter(), None
     with one_error(path):
