@@ -28,8 +28,10 @@ def in_parallel(work, jobs, title, workers=None):
         results = pool.map(work, jobs, chunksize=chunk)
         try:
             yield from tqdm(results, title, len(jobs), unit="video", **BAR)
-        finally:  # if the caller has failed, what has not been begun is called off
-            pool.shutdown(wait=False, cancel_futures=True)
+        finally:
+            # After a failure, here or in the caller, what has not been begun is called off. What
+            # has is waited for, as it may be writing where the caller is about to clear up.
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def start_worker():
