@@ -16,7 +16,7 @@ from open_clip.transformer import QuickGELU
 from torch import nn
 from torch.nn import functional as F
 
-from support.errors import UserError
+from support.processes import UserError
 
 
 class Adapter(nn.Module):

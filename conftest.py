@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from support.checkpoints import MARK, read_checkpoint, save_checkpoint
-from support.image_model import NO_TEXT
-from support.reader import read_frames
-from support.scenes import draw_data, write_video
+from support.backbones import NO_TEXT
+from support.demo import draw_data, write_video
+from support.runs import MARK, read_checkpoint, save_checkpoint
+from support.video import read_frames
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.path.join(HERE, "..", "shared")

@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
-from support.reader import VideoError, read_frames
+from support.video import VideoError, read_frames
 
 # ---------------------------------------------------------------- which frames make a clip
 

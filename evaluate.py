@@ -20,10 +20,11 @@ from tqdm import tqdm
 from data import VideoViews
 from model import load_checkpoint
 from support import options
-from support.errors import UserError
-from support.layouts import digest, find_videos
+from support.datasets import digest, find_videos
 from support.prepare import prepare
 from support.processes import (
+    BAR,
+    UserError,
     autocast_type,
     gather,
     in_turn,
@@ -33,7 +34,6 @@ from support.processes import (
     say,
     world_size,
 )
-from support.progress import BAR
 from support.tables import write_predictions
 
 

@@ -12,9 +12,9 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from support.errors import one_sentence
 from support.pictures import numbered, square, write_picture
-from support.reader import read_frames
+from support.processes import one_sentence
+from support.video import read_frames
 
 
 def frameset(video, rows=4, cols=4):

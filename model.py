@@ -17,18 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import METHODS, FrameBlock, Unadapted, quarter_block
 from grid import check_divides, frameset, position_code
-from support.checkpoints import check_fit, load_weights, read_checkpoint, saved_weights
-from support.errors import UserError, one_sentence
-from support.image_model import fingerprint, has_class_token, load_image_model
+from support.backbones import fingerprint, has_class_token, load_image_model
 from support.options import at_least
+from support.processes import UserError, one_sentence
+from support.runs import check_fit, load_weights, read_checkpoint, saved_weights
 from support.tables import table
 
 
 class FrameModel(nn.Module):
     """T_s frames, each an ordinary image; their class features averaged; a linear head on them.
 
-    visual: the image model (support/towers.py). new_block(d): what goes around a block of width d
-    (adapters.py). block_class: their class, whose flags say what else the method needs.
+    visual: the image model (support/backbones.py). new_block(d): what goes around a block of width
+    d (adapters.py). block_class: their class, whose flags say what else the method needs.
     """
 
     spatial, temporal = True, False  # which paths the model has

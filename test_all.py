@@ -39,10 +39,10 @@ from conftest import (
 from data import VideoViews
 from evaluate import Prediction, predict
 from model import build_model, count, load_checkpoint
-from support.checkpoints import read_checkpoint
-from support.errors import UserError
-from support.image_model import BACKBONES
-from support.layouts import find_videos
+from support.backbones import BACKBONES
+from support.datasets import find_videos
+from support.processes import UserError
+from support.runs import read_checkpoint
 
 PEERS = [method for method in METHODS if method != "dualpath"]
 STARTS_ELSEWHERE = {"vpt"}  # its prompts are random; all others start as the image model

@@ -25,15 +25,19 @@ from adapters import METHODS
 from data import TrainingClips, VideoViews, collate
 from evaluate import predict, summarise
 from model import build_model, count_parameters
-from support.checkpoints import load_weights, read_checkpoint
-from support.errors import UserError
-from support.layouts import digest, find_videos
+from support.datasets import digest, find_videos
 from support.options import training_options
 from support.prepare import prepare
-from support.processes import autocast_type, in_turn, leave_signals_to_the_parent, processes, say
-from support.progress import BAR
-from support.resume import find_checkpoint
-from support.runs import Run
+from support.processes import (
+    BAR,
+    UserError,
+    autocast_type,
+    in_turn,
+    leave_signals_to_the_parent,
+    processes,
+    say,
+)
+from support.runs import Run, find_checkpoint, load_weights, read_checkpoint
 
 # Where a data set departs from the options' defaults, each value with its source: "command" is a
 # line in the authors' release, "code" a default in it, "costs" the value that gives the paper's

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-from support.layouts import SOURCES
+from support.datasets import SOURCES
 
 
 class HelpLines(argparse.ArgumentDefaultsHelpFormatter):

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import center_crop
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
-from support.errors import UserError
+from support.processes import UserError
 
 WIDTH = 1040  # pixels of a picture
 MARGIN = 2  # around each image

@@ -2,7 +2,7 @@
 
 import torch
 
-from support.errors import UserError
+from support.processes import UserError
 
 
 def prepare(model, dtype=None, compile=False, checkpoint_activations=False):

@@ -1,5 +1,6 @@
 """One process, or as many as torchrun starts: their device, signals, and what they agree on."""
 
+import concurrent.futures
 import contextlib
 import datetime
 import os
@@ -7,11 +8,74 @@ import re
 import signal
 import sys
 import traceback
+from concurrent.futures import BrokenExecutor
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from support.errors import MENDABLE, UserError, print_any_path
+
+class UserError(Exception):
+    """What is wrong, where, and what to do about it. Of a longer message the first line is kept."""
+
+    def __init__(self, message):
+        super().__init__(str(message).partition("\n")[0])
+
+
+# A full disk, a missing folder or a worker that was killed is the user's to mend, too.
+MENDABLE = (UserError, OSError, BrokenExecutor)
+
+
+def print_any_path():
+    """A path may hold bytes that are no text: they are printed escaped."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def one_sentence(script):
+    """End the program with `script: what is wrong` if the user can mend what is raised inside."""
+    print_any_path()
+    try:
+        yield
+    except MENDABLE as error:
+        first_line = str(error).split("\n")[0]
+        raise SystemExit(f"{script}: {first_line}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(f"{script}: stopped") from None
+
+
+BAR = {"leave": False}
+if not sys.stderr.isatty():  # in the log of a job: a line a minute
+    BAR |= {"delay": 60, "mininterval": 60, "maxinterval": 60}
+    BAR["miniters"] = 1  # else tqdm repeats an old count whenever the work becomes slower
+    BAR["bar_format"] = (
+        "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go, {rate_fmt}{postfix}\n"
+    )
+
+
+def in_parallel(work, jobs, title, workers=None):
+    """Yield work(job) for each job, in order; processes of one thread each do it.
+
+    workers: their number, eight at most if it is not given.
+    """
+    workers = workers or min(8, os.cpu_count())
+    chunk = max(1, min(4, len(jobs) // (4 * workers)))  # of jobs, handed over at once
+    with concurrent.futures.ProcessPoolExecutor(workers, initializer=start_worker) as pool:
+        results = pool.map(work, jobs, chunksize=chunk)
+        try:
+            yield from tqdm(results, title, len(jobs), unit="video", **BAR)
+        finally:
+            # After a failure, here or in the caller, what has not been begun is called off. What
+            # has is waited for, as it may be writing where the caller is about to clear up.
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start_worker():
+    """One thread; Ctrl-C is for the parent to handle."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, a scheduler's, Slurm's warning
 STOPPED = (130, 143)  # the exit statuses that a shell expects after SIGINT and SIGTERM

@@ -22,12 +22,11 @@ import train
 from adapters import METHODS, DualPathBlock
 from conftest import SMALL, TINY, assert_same_run, lines, random_video, randomise, save, vit_folder
 from model import build_model, count, load_checkpoint
-from support import image_model
-from support.checkpoints import read_checkpoint
-from support.errors import UserError
-from support.image_model import SWINS, load_plain_model
+from support import backbones
+from support.backbones import SWINS, Swin, TimmViT, ViT, load_plain_model, swin_block
 from support.prepare import prepare
-from support.towers import Swin, TimmViT, ViT, swin_block
+from support.processes import UserError
+from support.runs import read_checkpoint
 from tools import cost
 from tools.look import attention
 
@@ -118,7 +117,7 @@ def plain(backbone, monkeypatch):
         def copied(*args):
             return copy.deepcopy(module)
 
-        monkeypatch.setattr(image_model, "load_plain_model", copied)
+        monkeypatch.setattr(backbones, "load_plain_model", copied)
         return module
 
     return load
@@ -167,7 +166,7 @@ def test_spatial_feature_starts_as_the_librarys_own(kind, method, plain, options
 def test_each_kind_has_its_class(backbone):
     classes = {"tiny": ViT, "swin_mini": Swin, backbone("siglip"): TimmViT}
     for name, kind in classes.items():
-        assert type(image_model.load_image_model(name, None)) is kind
+        assert type(backbones.load_image_model(name, None)) is kind
 
 
 def naive_merging(merging, tokens):
@@ -455,8 +454,8 @@ def test_a_picture_of_attention_is_refused(kind, options):
 # ---------------------------------------------------------------- weights
 def test_normalisation_is_that_of_the_models_own_weights():
     with torch.device("meta"):
-        siglip = image_model.load_image_model("ViT-B-16-SigLIP2", None)
-        swin = image_model.load_image_model("swin_b", None)
+        siglip = backbones.load_image_model("ViT-B-16-SigLIP2", None)
+        swin = backbones.load_image_model("swin_b", None)
     assert tuple(siglip.image_mean) == tuple(siglip.image_std) == (0.5, 0.5, 0.5)
     assert tuple(swin.image_mean) == (0.485, 0.456, 0.406)
     assert tuple(swin.image_std) == (0.229, 0.224, 0.225)
@@ -520,7 +519,7 @@ def builtin(tmp_path):
     """The small SigLIP by a name that open_clip knows, so that --pretrained PATH can be tried."""
     config = {"embed_dim": 48, "vision_cfg": {"image_size": 64} | TIMM["siglip"]}
     with open(tmp_path / "small-siglip.json", "w") as file:
-        json.dump(config | {"text_cfg": image_model.NO_TEXT}, file)
+        json.dump(config | {"text_cfg": backbones.NO_TEXT}, file)
     open_clip.add_model_config(tmp_path / "small-siglip.json")
     return "small-siglip"
 

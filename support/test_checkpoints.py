@@ -22,10 +22,10 @@ import model as video_models
 from adapters import METHODS
 from conftest import HERE, THOROUGH, TINY, packed, random_video, randomise, save, seal, vit_folder
 from model import build_model, load_checkpoint
-from support.checkpoints import MARK, load_weights, read_checkpoint
-from support.errors import UserError
-from support.image_model import BACKBONES
-from support.scenes import draw_moving
+from support.backbones import BACKBONES
+from support.demo import draw_moving
+from support.processes import UserError
+from support.runs import MARK, load_weights, read_checkpoint
 
 BEFORE = os.path.join(HERE, "support", "fixtures", "before_the_rebuild")
 

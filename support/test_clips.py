@@ -7,8 +7,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import data
 from conftest import random_video
-from support.layouts import find_videos
-from support.reader import Frames
+from support.datasets import find_videos
+from support.video import Frames
 
 
 # ---------------------------------------------------------------- data.py

@@ -13,7 +13,7 @@ from conftest import (
     pixels,
     video_of,
 )
-from support.scenes import draw_moving, write_video
+from support.demo import draw_moving, write_video
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 
 from conftest import SHARED, TINY, needs_shared, random_video, vit_folder
 from model import build_model
-from support import image_model
-from support.errors import UserError
-from support.image_model import NO_TEXT
+from support import backbones
+from support.backbones import NO_TEXT
+from support.processes import UserError
 
 # SHA-256 of the tiny image model's frozen weights. DualPath trains two of them, and leaves those
 # out. The checkpoints that people have name the weights by these numbers.
@@ -60,7 +60,7 @@ def test_weights_and_backbones_that_do_not_belong_together_are_refused_at_once(
 def test_what_was_logged_before_is_logged_again(builtin):
     for level in (logging.NOTSET, logging.CRITICAL):
         logging.disable(level)
-        image_model.load_image_model(str(builtin), None)
+        backbones.load_image_model(str(builtin), None)
         assert logging.root.manager.disable == level
     logging.disable(logging.NOTSET)
 
@@ -174,7 +174,7 @@ def test_a_file_of_weights_goes_into_a_folders_model(tmp_path):
 
 
 def test_a_name_with_one_activation_alone_is_not_sent_to_another_that_there_is_not():
-    image_model.check_tag("roberta-ViT-B-32", "laion2b_s12b_b32k")
+    backbones.check_tag("roberta-ViT-B-32", "laion2b_s12b_b32k")
 
 
 def without_projection(state):

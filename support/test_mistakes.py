@@ -11,7 +11,7 @@ import torch
 import evaluate
 import train
 from conftest import SMALL
-from support.layouts import find_videos
+from support.datasets import find_videos
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import os
 import pytest
 
 import train
-from support.layouts import SOURCES
+from support.datasets import SOURCES
 from support.options import at_least, number, views
 
 BENCHMARKS = ("k400", "ssv2", "hmdb51", "diving48")

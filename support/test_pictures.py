@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from support import pictures
-from support.errors import UserError
 from support.pictures import MARGIN, WIDTH, numbered, square, write_picture
+from support.processes import UserError
 
 
 def image_of(value, side=64):

@@ -17,8 +17,8 @@ from conftest import (
     save,
 )
 from model import build_model, load_checkpoint
-from support.checkpoints import saved_weights
 from support.prepare import prepare
+from support.runs import saved_weights
 
 PEERS = [method for method in METHODS if method != "dualpath"]
 TRAINS_IMAGE_MODEL = [method for method in PEERS if METHODS[method].trains_image_model]

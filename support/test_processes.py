@@ -28,9 +28,9 @@ from conftest import (
     wait_for,
 )
 from support import processes
-from support.checkpoints import read_checkpoint
-from support.errors import UserError
-from support.layouts import find_videos
+from support.datasets import find_videos
+from support.processes import UserError
+from support.runs import read_checkpoint
 
 
 # ---------------------------------------------------------------- device and compute type

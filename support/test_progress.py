@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from support.progress import in_parallel
+from support.processes import in_parallel
 
 
 def double(folder, number):

@@ -30,9 +30,8 @@ from conftest import (
     wait_for,
 )
 from model import build_model
-from support.checkpoints import load_weights, read_checkpoint, save_checkpoint
-from support.layouts import SPLITS, find_videos
-from support.resume import FREE
+from support.datasets import SPLITS, find_videos
+from support.runs import FREE, load_weights, read_checkpoint, save_checkpoint
 
 # A run that saves before every step, and draws as much by chance as one can.
 ENDLESS = "--save-every 0 --dropout 0.5 --augment rand --epochs 2 --batch 4".split()

@@ -30,8 +30,8 @@ from conftest import (
     wait_for,
 )
 from support import runs
-from support.checkpoints import read_checkpoint
-from support.layouts import find_videos
+from support.datasets import find_videos
+from support.runs import read_checkpoint
 
 
 def position(out):

@@ -22,9 +22,9 @@ from conftest import (
 )
 from data import VideoViews
 from model import build_model
-from support.checkpoints import read_checkpoint, saved_weights
-from support.layouts import find_videos
-from support.test_layouts import benchmark
+from support.datasets import find_videos
+from support.runs import read_checkpoint, saved_weights
+from support.test_datasets import benchmark
 
 
 @pytest.mark.parametrize("name", ["ssv2", "hmdb51"])

@@ -16,10 +16,9 @@ import torch
 
 from data import clip_frames, training_transform
 from support import options
-from support.errors import one_sentence
-from support.layouts import SPLITS, find_videos
-from support.progress import in_parallel
-from support.reader import VideoError, read_frames
+from support.datasets import SPLITS, find_videos
+from support.processes import in_parallel, one_sentence
+from support.video import VideoError, read_frames
 
 STRIDE = 4  # of dense clips
 

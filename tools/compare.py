@@ -24,9 +24,8 @@ import time
 import train
 from adapters import METHODS
 from support import options
-from support.errors import UserError, one_sentence
-from support.layouts import digest, find_videos
-from support.processes import on_signals
+from support.datasets import digest, find_videos
+from support.processes import UserError, on_signals, one_sentence
 from tools.jobs import Job, Runner, cores_each, digests_of_files, is_done
 from tools.results import accuracy, group_of, table_of, write_table
 

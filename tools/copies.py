@@ -10,8 +10,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from support.errors import UserError
-from support.reader import VideoError, every_frame, one_error, open_video, read_frames
+from support.processes import UserError
+from support.video import VideoError, every_frame, one_error, open_video, read_frames
 
 SHORT_SIDE = 256  # training crops of 224 px come out of it
 # A clip is 32 frames out of hundreds. A key frame every 12 frames lets the reader begin near each

@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from support import options
-from support.errors import UserError, one_sentence
-from support.layouts import SPLITS, find_videos, read_list
-from support.progress import in_parallel
+from support.datasets import SPLITS, find_videos, read_list
+from support.processes import UserError, in_parallel, one_sentence
 from tools.copies import SHORT_SIDE, copy_video, write_whole
 
 SETTINGS = "copies.json"  # in B: what the copies there are

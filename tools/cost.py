@@ -18,9 +18,9 @@ import torch
 
 from model import add_report_options, build_model, count, variants
 from support import options
-from support.errors import UserError, one_sentence
-from support.image_model import load_plain_model
+from support.backbones import load_plain_model
 from support.prepare import prepare
+from support.processes import UserError, one_sentence
 from support.tables import table
 from tools.timing import ratio, take_turns
 

@@ -2,7 +2,7 @@
 
 import os
 
-from support.errors import UserError
+from support.processes import UserError
 
 
 def matplotlib_figure():

@@ -16,9 +16,8 @@ import torch
 
 import train
 from model import build_model, count
-from support.checkpoints import read_checkpoint
-from support.errors import MENDABLE, UserError
-from support.resume import FREE
+from support.processes import MENDABLE, UserError
+from support.runs import FREE, read_checkpoint
 from tools.results import Result, read_predictions, read_result, write_result
 
 STARTS = ("backbone", "pretrained", "init")  # options that name what a run starts from

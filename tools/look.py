@@ -22,7 +22,7 @@ from data import VideoViews
 from grid import frameset
 from model import load_checkpoint
 from support import options
-from support.errors import UserError, one_sentence
+from support.processes import UserError, one_sentence
 from tools.figures import check_writable, draw, short, show_bars, show_curves, show_images
 
 MOST = 20  # bars

@@ -19,8 +19,8 @@ import torch
 import train
 from grid import frameset
 from model import load_checkpoint
-from support.image_model import ROOT
-from support.scenes import SIZE, TEXTURES, Scene, draw_data
+from support.backbones import ROOT
+from support.demo import SIZE, TEXTURES, Scene, draw_data
 
 TINY = os.path.join(ROOT, "assets", "tiny")
 CELLS = [(texture, cell) for texture in TEXTURES for cell in range(16)]

@@ -20,9 +20,9 @@ import torch
 
 from data import clip_frames
 from support import options
-from support.errors import one_sentence
-from support.reader import VideoError, one_error, read_frames
+from support.processes import one_sentence
 from support.tables import table
+from support.video import VideoError, one_error, read_frames
 from tools.timing import ratio, take_turns
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.errors import UserError
+from support.processes import UserError
 
 ABOUT = ("settings", "digests", "tuned", "gmacs", "seconds_per_epoch")  # of the first line
 RESAMPLES = 10_000  # of a bootstrap

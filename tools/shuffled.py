@@ -11,8 +11,7 @@ import numpy as np
 
 import evaluate
 from data import VideoViews
-from support.errors import UserError
-from support.processes import in_turn, processes, say
+from support.processes import UserError, in_turn, processes, say
 from support.tables import write_predictions
 
 

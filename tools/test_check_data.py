@@ -9,9 +9,9 @@ import pytest
 
 import train
 from conftest import micro_set
-from support import scenes
-from support.layouts import SPLITS
-from support.test_layouts import benchmark
+from support import demo
+from support.datasets import SPLITS
+from support.test_datasets import benchmark
 from tools import check_data
 
 
@@ -93,7 +93,7 @@ def test_a_check_that_is_killed_says_so_and_keeps_what_it_found(here, monkeypatc
     with pytest.raises(SystemExit, match="check_data.py: .*terminated"):
         check_data.main(["--data", "folder", "--root", "set"])
     assert problems("folder")[1:] == [["no val video", "up_vertical", ""]]
-    monkeypatch.setattr(scenes, "draw_file", killed)
+    monkeypatch.setattr(demo, "draw_file", killed)
     with pytest.raises(SystemExit, match="terminated"):
         train.main(["--root", "drawn", "--out", "run"])
     assert not os.path.exists("drawn/train")

@@ -33,7 +33,7 @@ from conftest import (
 )
 from data import clip_frames
 from model import build_model
-from support.errors import UserError
+from support.processes import UserError
 from tools import compare, jobs, results, shuffled
 from tools.results import Result, write_table
 

@@ -29,10 +29,10 @@ from conftest import (
     write_anything,
     x264,
 )
-from support.layouts import SPLITS, digest, find_videos
-from support.reader import every_frame, open_video, read_frames
-from support.scenes import write_video
-from support.test_layouts import BENCHMARKS, benchmark
+from support.datasets import SPLITS, digest, find_videos
+from support.demo import write_video
+from support.test_datasets import BENCHMARKS, benchmark
+from support.video import every_frame, open_video, read_frames
 from tools import copies, copy_data
 
 

@@ -19,8 +19,8 @@ from conftest import SMALL, TINY, lines, random_video, randomise, vit_folder
 from data import VideoViews, Views
 from grid import frameset
 from model import build_model, load_checkpoint
-from support.errors import UserError
-from support.layouts import find_videos
+from support.datasets import find_videos
+from support.processes import UserError
 from tools import figures, look
 
 matplotlib_figure = pytest.importorskip("matplotlib.figure")

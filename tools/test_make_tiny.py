@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from model import load_checkpoint
-from support.scenes import TEXTURES, Scene
-from support.test_scenes import centre
+from support.demo import TEXTURES, Scene
+from support.test_demo import centre
 from tools import make_tiny
 
 

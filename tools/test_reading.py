@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import numbered_frames, read_numbers
-from support.scenes import write_video
+from support.demo import write_video
 from tools import reading
 
 

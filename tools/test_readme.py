@@ -15,7 +15,7 @@ import adapters
 import train
 from conftest import HERE, SMALL, TINY, random_video, script
 from model import build_model
-from support.layouts import find_videos
+from support.datasets import find_videos
 
 README = script("README.md")
 DOCS = sorted(glob.glob(script("docs/*.md")))

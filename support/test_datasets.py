@@ -11,8 +11,8 @@ import torch
 import evaluate
 import train
 from conftest import lines, write_anything, x264
-from support.errors import UserError
-from support.layouts import SPLITS, digest, find_videos
+from support.datasets import SPLITS, digest, find_videos
+from support.processes import UserError
 
 # ---------------------------------------------------------------- your own videos
 

@@ -12,8 +12,8 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from support.errors import UserError
-from support.scenes import draw_data
+from support.demo import draw_data
+from support.processes import UserError
 
 SPLITS = ("train", "val")
 VIDEO_SUFFIXES = ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .flv .wmv .3gp .ts".split()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import SHARED, THOROUGH, decode_whole, needs_shared, pixels
-from support.reader import VideoError, read_frames
+from support.video import VideoError, read_frames
 
 PLACEHOLDER = bytes.fromhex("000001b65000")  # a VOP that is not coded
 DIVX = bytes.fromhex("000001b2") + b"DivX503b1393p"  # B-frames are packed, says the encoder

@@ -11,12 +11,12 @@ import tqdm.std
 
 import grid
 from conftest import pixels
-from support import progress, scenes
-from support.scenes import Scene, draw_data, draw_moving, write_video
+from support import demo, processes
+from support.demo import Scene, draw_data, draw_moving, write_video
 
 
 def test_twins_show_the_same_sampled_frames_in_opposite_order():
-    sampled = list(scenes.SAMPLED)
+    sampled = list(demo.SAMPLED)
     for seed in range(20):
         for motion, opposite in (("left", "right"), ("up", "down")):
             one = draw_moving([5, seed], motion, "vertical")[sampled]
@@ -31,13 +31,13 @@ def centre(image, background):
 
 
 def test_motion_covers_half_the_frame_in_the_direction_of_its_name():
-    for motion, direction in scenes.MOTIONS.items():
+    for motion, direction in demo.MOTIONS.items():
         for seed in range(10):
             background = Scene(np.random.default_rng(seed)).background
             clip = draw_moving(seed, motion, "vertical")
             # In frames 0 and 12 the thing is whole within the picture.
             path = centre(clip[12], background) - centre(clip[0], background)
-            assert path @ direction * 15 / 12 >= scenes.SIZE / 2 - 1
+            assert path @ direction * 15 / 12 >= demo.SIZE / 2 - 1
             assert abs(path @ direction[::-1]) < 1.5
 
 
@@ -49,7 +49,7 @@ def test_texture_is_seen_at_full_size_and_vanishes_in_the_frameset(tmp_path):
     path = str(tmp_path / "a.mp4")
     for seed in range(10):
         clips = []
-        for texture in scenes.TEXTURES:
+        for texture in demo.TEXTURES:
             drawn = draw_moving([6, seed], "left", texture)
             write_video(path, drawn)
             decoded = torch.from_numpy(pixels(path, range(16)))
@@ -87,17 +87,17 @@ def test_drawing_is_deterministic_and_whole_or_absent(tmp_path):
 def test_in_the_log_of_a_job_progress_is_a_line_a_minute(monkeypatch):
     assert not sys.stderr.isatty()
     for name in ("mininterval", "maxinterval", "delay"):
-        assert progress.BAR[name] == 60
+        assert processes.BAR[name] == 60
     now = 0.0
 
     def clock(self=None):
         return now
 
     for name in ("time", "_time"):
-        monkeypatch.setattr(progress.tqdm, name, clock, raising=False)
+        monkeypatch.setattr(processes.tqdm, name, clock, raising=False)
     monkeypatch.setattr(tqdm.std, "time", clock)
     log = io.StringIO()
-    bar = progress.tqdm(range(600), "epoch 1/2", file=log, unit="clip", **progress.BAR)
+    bar = processes.tqdm(range(600), "epoch 1/2", file=log, unit="clip", **processes.BAR)
     for i in bar:
         now += 1
         if i % 20 == 0:

@@ -24,9 +24,9 @@ from conftest import (
     write_anything,
     x264,
 )
-from support import reader
-from support.reader import VideoError, read_frames
-from support.scenes import write_video
+from support import video
+from support.demo import write_video
+from support.video import VideoError, read_frames
 
 
 def count_frames(path):
@@ -130,7 +130,7 @@ def test_frames_are_bit_identical_to_decoding_the_whole_file(name, tmp_path, mon
     path = write_anything(str(tmp_path / name), **FILES[name])
     want = decode_whole(path)
     if name not in IN_ORDER:
-        monkeypatch.setattr(reader, "decode_all", None)  # the fast way must do
+        monkeypatch.setattr(video, "decode_all", None)  # the fast way must do
     assert count_frames(path) == len(want) == FILES[name].get("number", 60)
     rng = np.random.default_rng(0)
     some = [rng.integers(0, len(want), n) for n in (1, 3, 8)]
@@ -152,7 +152,7 @@ def test_frames_are_bit_identical_to_decoding_the_whole_file(name, tmp_path, mon
 def test_real_files_are_read_exactly(name, number, monkeypatch):
     path = f"{SHARED}/videos/{name}"
     want = decode_whole(path)
-    monkeypatch.setattr(reader, "decode_all", None)
+    monkeypatch.setattr(video, "decode_all", None)
     assert count_frames(path) == len(want) == number
     some = np.random.default_rng(0).integers(0, number, 16)
     for numbers in (range(60, 60 + 32 * 4, 4), range(number), some):
@@ -218,17 +218,17 @@ def test_little_is_decoded_for_a_few_frames_near_the_end(tmp_path):
     how = x264(g="30", sc_threshold="0") | {"number": 300}
     path = write_anything(str(tmp_path / "a.mp4"), **how)
     with av.open(path) as container:
-        _, packets = reader.video_packets(container, path)
+        _, packets = video.video_packets(container, path)
     assert sum(packet.is_keyframe for packet in packets) == 10
     times = sorted(packet.pts for packet in packets)
     near_the_end = {times[i] for i in range(272, 296, 3)}
-    assert 8 <= reader.needed_packets(packets, near_the_end).sum() <= 40
-    assert reader.needed_packets(packets, {times[0], times[299]}).sum() <= 1 + 31
+    assert 8 <= video.needed_packets(packets, near_the_end).sum() <= 40
+    assert video.needed_packets(packets, {times[0], times[299]}).sum() <= 1 + 31
 
 
 def test_a_lost_index_does_not_give_wrong_frames(tmp_path, monkeypatch):
     path = write_anything(str(tmp_path / "a.wmv"), **coded("wmv2", g="60"))
-    want, original = decode_whole(path), reader.video_packets
+    want, original = decode_whole(path), video.video_packets
 
     def every_packet_marked(container, path):
         stream, packets = original(container, path)
@@ -236,7 +236,7 @@ def test_a_lost_index_does_not_give_wrong_frames(tmp_path, monkeypatch):
             packet.is_keyframe = True
         return stream, packets
 
-    monkeypatch.setattr(reader, "video_packets", every_packet_marked)
+    monkeypatch.setattr(video, "video_packets", every_packet_marked)
     for image, number in zip(pixels(path, [40, 50]), (40, 50), strict=True):
         assert np.array_equal(image, want[number])
 
@@ -264,19 +264,19 @@ def test_hostile_files_meet_limits(tmp_path, monkeypatch):
         ("MAX_BYTES", os.path.getsize(path), "frames are too large"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(reader, limit, value)
+            patch.setattr(video, limit, value)
             with pytest.raises(VideoError, match=words):
                 read_frames(path, [0] * 100)
     with monkeypatch.context() as patch:
-        patch.setattr(reader.time, "monotonic", itertools.count(0, 30).__next__)
+        patch.setattr(video.time, "monotonic", itertools.count(0, 30).__next__)
         with pytest.raises(VideoError, match="more than 120 seconds"):
             read_frames(path, [59])
 
 
 def test_what_the_caller_does_between_frames_may_take_long(tmp_path, monkeypatch):
     path, seconds = write_anything(str(tmp_path / "a.mp4"), **x264()), [0]
-    monkeypatch.setattr(reader.time, "monotonic", lambda: seconds[0])
-    for _ in reader.every_frame(path):
+    monkeypatch.setattr(video.time, "monotonic", lambda: seconds[0])
+    for _ in video.every_frame(path):
         seconds[0] += 30
     assert seconds[0] == 60 * 30
 
@@ -357,7 +357,7 @@ def fuzz(sources, folder, number, seed=0):
     """Read `number` mutations of the source files.
 
     → how many gave frames and how many errors, the slowest in seconds, and the growth of the
-    memory over the second half in MiB. By hand: python -c "import glob; from support.test_reader
+    memory over the second half in MiB. By hand: python -c "import glob; from support.test_video
     import fuzz; print(fuzz(glob.glob('DIR/*'), '/tmp', 5000))"
     """
     rng, files = np.random.default_rng(seed), [read_bytes(path) for path in sources]
@@ -388,7 +388,7 @@ def test_damaged_files_give_frames_or_the_one_error(tmp_path):
     (tmp_path / "out").mkdir()
     code = (
         "import glob, json\n"
-        "from support.test_reader import fuzz\n"
+        "from support.test_video import fuzz\n"
         f"files = sorted(glob.glob({str(tmp_path)!r} + '/*.*'))\n"
         f"print(json.dumps(fuzz(files, {str(tmp_path / 'out')!r}, 250)))\n"
     )

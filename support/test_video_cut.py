@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import decode_whole, write_anything, x264
-from support.reader import read_frames
+from support.video import read_frames
 
 OPEN_GOP = x264(g="20", sc_threshold="0", **{"x264-params": "open-gop=1"})
 MPEG2 = {"codec": "mpeg2video", "codec_options": {"bf": "2", "g": "12"}}

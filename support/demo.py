@@ -11,7 +11,7 @@ from functools import partial
 import av
 import numpy as np
 
-from support.progress import in_parallel
+from support.processes import in_parallel
 
 MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 TEXTURES = ("horizontal", "vertical")
