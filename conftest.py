@@ -1,8 +1,9 @@
 """What the tests share: small models, small videos, small data sets, and processes of their own."""
 
-import io
+import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+import train
+from model import Config, build_model, options_of, saved_weights
 from support.backbones import NO_TEXT
 from support.demo import draw_data, write_video
-from support.runs import MARK, read_checkpoint, save_checkpoint
+from support.runs import read_checkpoint, write_checkpoint
 from support.video import read_frames
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -46,10 +49,17 @@ TINY = {
     "backbone": "tiny",
     "pretrained": "here",
     "num_classes": 8,
-    "num_frames": 16,
+    "frames": 16,
     "spatial_frames": 4,
     "bottleneck": 16,
 }
+
+
+def tiny(**options):
+    """A model of the demo's size, with a method's own options only."""
+    wanted = TINY | options
+    own = options_of(wanted.get("method", "dualpath")) | options.keys()
+    return build_model(Config(**{name: wanted[name] for name in wanted if name in own}))
 
 
 def random_video(batch=2, frames=16, size=64):
@@ -81,24 +91,17 @@ def vit_folder(folder, quick_gelu=False, **vision):
 
 
 def save(model, path, **run):
-    """A checkpoint of a model, with names for its classes."""
-    classes = [f"class {i}" for i in range(model.config["num_classes"])]
-    save_checkpoint(str(path), model, dict(classes=classes, **run))
-    return str(path)
-
-
-def packed(content):
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-def seal(path, body):
-    """A checkpoint of any content, with the SHA-256 that belongs to it."""
-    import hashlib
-
-    with open(path, "wb") as file:
-        file.write(body + MARK + hashlib.sha256(body).hexdigest().encode())
+    """A checkpoint of a model, as train.py writes it, with names for its classes."""
+    content = {
+        "format": 1,
+        "model": dataclasses.asdict(model.config),
+        "weights": saved_weights(model),
+        "fingerprint": model.fingerprint,
+        "normalisation": model.visual.normalisation,
+        "run": {"classes": [f"class {i}" for i in range(model.config.num_classes)]} | run,
+        "training": None,
+    }
+    write_checkpoint(str(path), content)
     return str(path)
 
 
@@ -189,9 +192,28 @@ def micro(tmp_path_factory):
 
 # ---------------------------------------------------------------- runs
 SMALL = (
-    "--data folder --backbone tiny --frames 16 --spatial-frames 4 --bottleneck 8 --batch 8"
+    "--data folder --backbone tiny --frames 16 --spatial-frames 4 --batch 8"
     " --workers 0 --epochs 2 --sampling dense --test-stride 1 --stride 1 --views 1x1 --warmup 1"
 ).split()
+
+
+MICRO_VIT = {"quick_gelu": True, "width": 8, "head_width": 4, "image_size": 32}
+
+
+@pytest.fixture(scope="session")
+def micro_run(micro, tmp_path_factory):
+    """Options of a run of a second: 16 videos, around a random image model of width 8."""
+    vit = vit_folder(tmp_path_factory.mktemp("vit"), **MICRO_VIT)
+    small = ["--backbone", vit, "--pretrained", "none", "--batch", "4"]
+    return [*SMALL, *small, "--device", "cpu", "--root", micro]
+
+
+def ends(argv, words, main=train.main):
+    """The script ends with this sentence, and says its name first; returns the sentence."""
+    with pytest.raises(SystemExit, match=words) as error:
+        main(argv)
+    assert re.match(r"\w+\.py: ", error.value.code) and "\n" not in error.value.code
+    return error.value.code
 
 
 def lines(out):
@@ -268,15 +290,6 @@ def group_is_gone(process, seconds=20):
             return True
         time.sleep(0.1)
     return False
-
-
-def children(pid):
-    """Process ids of the processes that a process has started, on Linux."""
-    found = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/children") as file:
-            found += [int(child) for child in file.read().split()]
-    return found
 
 
 def free_port():

@@ -4,14 +4,17 @@ A training clip (T, 3, S, S) is drawn anew in every epoch; a test view is one of
 and crops of a video. Pixels stay bytes until they are on the device: a quarter of the traffic.
 """
 
+import random
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
+from support.processes import UserError
 from support.video import VideoError, read_frames
 
 # ---------------------------------------------------------------- which frames make a clip
@@ -21,92 +24,36 @@ def clip_frames(available, num_frames, sampling, stride, position):
     """The frame numbers of one clip out of `available` frames → (num_frames,) int64.
 
     dense: num_frames at a stride; position in [0, 1] moves the clip from the video's start to its
-    end. uniform: one frame from each of num_frames equal segments; position is the place in it, a
-    number or one per segment. A video that is too short repeats its last frame.
+    end; a video that is too short repeats its last frame. uniform: one frame from each of
+    num_frames equal segments; position is the place in it, a number or one per segment; a video
+    of fewer frames is spread over the clip, with repeats.
     """
     t = np.arange(num_frames)
     if sampling == "dense":
         room = max(0, available - ((num_frames - 1) * stride + 1))
         frames = round(position * room) + t * stride
     else:
-        segment = max(available, num_frames) / num_frames
+        segment = available / num_frames
         frames = np.floor((t + np.clip(position, 0, 1 - 1e-9)) * segment)
     return np.minimum(frames.astype(np.int64), available - 1)
 
 
 # ---------------------------------------------------------------- augmentation
-# All of it takes and gives (T, 3, H, W) uint8, and draws once for all frames of a clip.
-GREY = 128
-
-
-def warp(clip, angle=0.0, shear=(0.0, 0.0)):
-    """Rotate by degrees, or shear by slopes about the top left corner."""
-    return transforms.affine(
-        clip,
-        angle,
-        translate=[0, 0],
-        scale=1.0,
-        shear=np.degrees(np.arctan(shear)).tolist(),
-        interpolation=v2.InterpolationMode.BILINEAR,
-        fill=GREY,
-        center=[0, 0] if any(shear) else None,
-    )
-
-
-def shift(clip, across=0.0, down=0.0):
-    """Move by parts of the width, in whole pixels: nothing is resampled."""
-    x, y = (round(part * clip.shape[-1]) for part in (across, down))
-    return torch.nn.functional.pad(clip, (x, -x, y, -y), value=GREY)
-
-
-def factor(s, d):
-    """How much to enhance: further from 1 with strength s, above it or below with direction d."""
-    return max(0.1, 1 + 0.9 * s * d)
-
-
-def sharpen(clip, s, d):
-    fast = clip.contiguous(memory_format=torch.channels_last)  # ten times faster so
-    return transforms.adjust_sharpness(fast, factor(s, d)).contiguous()
-
-
-# RandAugment's operations on a clip x, of strength s in [0, 1] and direction d = ±1. The set and
-# its ranges are those of timm's "increasing" RandAugment, on which v2's own differ.
-# fmt: off
-OPERATIONS = [
-    lambda x, s, d: transforms.autocontrast(x),
-    lambda x, s, d: transforms.equalize(x),
-    lambda x, s, d: transforms.invert(x),
-    lambda x, s, d: transforms.posterize(x, 4 - int(4 * s)),  # bits that stay
-    lambda x, s, d: x ^ (255 * (x >= 255 * (1 - s)).byte()),  # solarize, but 7 times faster
-    lambda x, s, d: x + (int(110 * s) * (x < 128).byte()),  # lightens what is dark
-    lambda x, s, d: transforms.adjust_brightness(x, factor(s, d)),
-    lambda x, s, d: transforms.adjust_contrast(x, factor(s, d)),
-    lambda x, s, d: transforms.adjust_saturation(x, factor(s, d)),
-    sharpen,
-    lambda x, s, d: warp(x, angle=30 * s * d),
-    lambda x, s, d: warp(x, shear=(0.3 * s * d, 0)),
-    lambda x, s, d: warp(x, shear=(0, 0.3 * s * d)),
-    lambda x, s, d: shift(x, across=0.45 * s * d),
-    lambda x, s, d: shift(x, down=0.45 * s * d),
-]
-# fmt: on
+RAND_AUGMENT = rand_augment_transform("rand-m7-n4-mstd0.5-inc1", {})  # as ST-Adapter's
 
 
 def rand_augment(clip):
-    """timm's rand-m7-n4-mstd0.5-inc1: four operations of strength 7 ± 0.5 in 10.
+    """(T, 3, H, W) uint8 → the same shape: timm's RandAugment of images, one draw for all frames.
 
-    Each happens with probability 1/2. Neither that nor the noise is in v2.RandAugment.
+    Four of its operations, each with probability 1/2, of strength 7 ± 0.5 in 10.
     """
-    clip = clip.contiguous()
-    numbers = torch.randint(len(OPERATIONS), (4,))
-    happens, directions = torch.randint(2, (4,)), torch.randint(2, (4,))
-    for i in range(4):
-        strength = (7 + 0.5 * torch.randn(())).clamp(0, 10).item() / 10
-        if happens[i]:
-            operation, direction = OPERATIONS[numbers[i]], 2 * directions[i].item() - 1
-            # Four frames at a time stay in the processor's cache.
-            clip = torch.cat([operation(part, strength, direction) for part in clip.split(4)])
-    return clip
+    seed, frames = int(torch.randint(2**31, ())), []
+    for frame in clip:
+        random.seed(seed)  # timm draws from both
+        np.random.seed(seed)
+        image = RAND_AUGMENT(transforms.to_pil_image(frame))
+        frames.append(transforms.pil_to_tensor(image))
+    return torch.stack(frames)
 
 
 def training_transform(augment, size, flip=True, erasing=0.0, crop_area=0.08):
@@ -123,7 +70,7 @@ def training_transform(augment, size, flip=True, erasing=0.0, crop_area=0.08):
     if augment == "rand":
         steps.append(rand_augment)
     if erasing > 0:
-        steps.append(v2.RandomErasing(erasing, value=GREY))
+        steps.append(v2.RandomErasing(erasing, value=128))
     return v2.Compose(steps)
 
 
@@ -132,7 +79,7 @@ class TrainingClips(torch.utils.data.Dataset):
     """Item (epoch, i) → (clip (T, 3, S, S) uint8, label, messages) of the i-th video.
 
     samples: (path, label) pairs. Another video takes the place of one that cannot be read, and
-    the message travels with it; after ten of them the clip is None. options: of the transform.
+    the message travels with it; after ten of them a UserError is raised. options: of the transform.
     """
 
     def __init__(
@@ -176,7 +123,7 @@ class TrainingClips(torch.utils.data.Dataset):
             except VideoError as error:
                 messages.append(str(error))
             if len(messages) == 10:
-                return None, label, messages
+                raise UserError(f"ten videos, one after the other, are unreadable: {messages[-1]}")
             index = int(rng.integers(len(self)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
@@ -185,16 +132,9 @@ class TrainingClips(torch.utils.data.Dataset):
 
 
 def collate(items):
-    """Items of TrainingClips → clips (B, T, 3, S, S) uint8, labels (B,), messages.
-
-    The clips are None where one of them is: ten videos in a row could not be read.
-    """
+    """Items of TrainingClips → clips (B, T, 3, S, S) uint8, labels (B,), messages."""
     clips, labels, messages = zip(*items)
-    if any(clip is None for clip in clips):
-        batch = None
-    else:
-        batch = torch.stack(clips)
-    return batch, torch.tensor(labels), sum(messages, [])
+    return torch.stack(clips), torch.tensor(labels), sum(messages, [])
 
 
 # ---------------------------------------------------------------- testing
@@ -212,15 +152,21 @@ class VideoViews(torch.utils.data.Dataset):
     """Item i → Views of the i-th video, which is read once.
 
     views: (clips, crops). Clips are spread evenly over the video (dense) or over each segment
-    (uniform), crops along the longer side.
+    (uniform), crops along the longer side. shuffled: None, or T_s of the model; then each video's
+    frames are in an order of its own. Those T_s that are seen at full size change places among
+    themselves, and so do the others: what is blind to order sees the same images.
     """
 
-    def __init__(self, samples, num_frames, size, sampling="dense", stride=1, views=(1, 1)):
+    def __init__(
+        self, samples, num_frames, size, sampling="dense", stride=1, views=(1, 1), shuffled=None
+    ):
         self.samples, self.size, self.crops = samples, size, views[1]
-        self.clip = partial(clip_frames, num_frames=num_frames, sampling=sampling, stride=stride)
-        self.positions = evenly(views[0])
+        self.shuffled = shuffled
+        positions = evenly(views[0])
         if sampling == "uniform":
-            self.positions = [(c + 0.5) / views[0] for c in range(views[0])]
+            positions = [(c + 0.5) / views[0] for c in range(views[0])]
+        clip = partial(clip_frames, num_frames=num_frames, sampling=sampling, stride=stride)
+        self.clips = [partial(clip, position=position) for position in positions]
 
     def __len__(self):
         return len(self.samples)
@@ -228,7 +174,7 @@ class VideoViews(torch.utils.data.Dataset):
     def __getitem__(self, index):
         path, label = self.samples[index]
         try:
-            video = read_frames(path, self.choose)
+            video = read_frames(path, lambda count: np.ravel([clip(count) for clip in self.clips]))
         except VideoError as error:
             return Views(index, label, None, [], str(error))
         frames = torch.from_numpy(video.pixels).permute(0, 3, 1, 2)
@@ -238,14 +184,22 @@ class VideoViews(torch.utils.data.Dataset):
             transforms.crop(frames, round(down * p), round(across * p), self.size, self.size)
             for p in evenly(self.crops)
         ]
-        pixels = torch.stack(crops).unflatten(1, (len(self.positions), -1))  # (crops, clips, T, …)
+        pixels = torch.stack(crops).unflatten(1, (len(self.clips), -1))  # (crops, clips, T, …)
         pixels = pixels.transpose(0, 1).flatten(0, 1)  # (clips · crops, T, 3, S, S)
+        if self.shuffled:
+            pixels = pixels[:, shuffled_order(index, pixels.shape[1], self.shuffled)]
         return Views(index, label, pixels, video.numbers, None)
-
-    def choose(self, count):
-        return [i for position in self.positions for i in self.clip(count, position=position)]
 
 
 def evenly(n):
     """n places from 0 to 1; of one, the middle."""
     return [i / (n - 1) for i in range(n)] if n > 1 else [0.5]
+
+
+def shuffled_order(seed, num_frames, spatial_frames):
+    """An order of the frames in which those seen at full size stay at those places."""
+    rng, order = np.random.default_rng(seed), np.arange(num_frames)
+    at_full_size = order % (num_frames // spatial_frames) == 0
+    for part in (at_full_size, ~at_full_size):
+        order[part] = rng.permutation(order[part])
+    return order

@@ -9,32 +9,31 @@ Every video counts exactly once, and one that cannot be read counts as wrong.
 """
 
 import argparse
+import csv
 import json
 import os
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from data import VideoViews
-from model import load_checkpoint
-from support import options
-from support.datasets import digest, find_videos
-from support.prepare import prepare
+from model import load_checkpoint, prepare
+from support.datasets import SOURCES, digest, find_videos
+from support.options import add_options, natural, positive_int, views
 from support.processes import (
-    BAR,
     UserError,
     autocast_type,
     gather,
-    in_turn,
     leave_signals_to_the_parent,
     processes,
+    progress_bar,
     rank,
+    rank_zero_first,
     say,
     world_size,
 )
-from support.tables import write_predictions
 
 
 class Prediction(NamedTuple):
@@ -64,117 +63,120 @@ def predict(model, test_views, device, dtype=None, batch=16, workers=0, title="e
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_parent,
     )
-    predictions, on_device, done = [], [], 0
-    try:
-        for videos in tqdm(loader, title, unit="batch", disable=rank() > 0, **BAR):
-            readable = [video for video in videos if video.error is None]
-            for video in videos:
-                if video.error is not None:
-                    predictions.append(Prediction(video.index, video.label, [], [], video.error))
-            if readable:
-                ids = [(video.index, video.label) for video in readable]  # not their pixels
-                on_device.append((ids, *top_five(model, readable, device, dtype)))
-            done += len(videos)
-    except SystemExit:  # a signal
-        tqdm.write(f"{title}: {done} of {len(shard)} videos were done")
-        raise
+    predictions, on_device = [], []
+    for videos in progress_bar(loader, title, unit="batch"):
+        readable = [video for video in videos if video.error is None]
+        for video in videos:
+            if video.error is not None:
+                predictions.append(Prediction(video.index, video.label, [], [], video.error))
+        if not readable:
+            continue
+        pixels = torch.stack([video.pixels.to(device, non_blocking=True) for video in readable])
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(pixels.flatten(0, 1))  # (B · views, classes)
+        scores = logits.float().softmax(-1).unflatten(0, pixels.shape[:2]).mean(1)  # (B, classes)
+        ids = [(video.index, video.label) for video in readable]  # not their pixels
+        on_device.append((ids, *scores.topk(min(5, scores.shape[1]))))
     for ids, scores, classes in on_device:  # copied only now: each copy waits for the device
         for (index, label), s, c in zip(ids, scores.tolist(), classes.tolist()):
             predictions.append(Prediction(index, label, c, s, None))
     return sorted(gather(predictions))
 
 
-def top_five(model, videos, device, dtype):
-    """Scores and classes (B, ≤ 5) of videos, on the device; the mean over their views."""
-    pixels = torch.stack([video.pixels.to(device, non_blocking=True) for video in videos])
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        logits = model(pixels.flatten(0, 1))  # (B · views, classes)
-    scores = logits.float().softmax(-1).unflatten(0, pixels.shape[:2]).mean(1)  # (B, classes)
-    return scores.topk(min(5, scores.shape[1]))
-
-
 def summarise(predictions):
-    """Accuracies as fractions: of all videos, unreadable ones being wrong, and of the readable."""
+    """Accuracies as fractions of all videos, unreadable ones being wrong.
+
+    mean_class: top-1 of each class that has videos, averaged over these classes.
+    """
     top1 = sum(p.label in p.classes[:1] for p in predictions)
     top5 = sum(p.label in p.classes for p in predictions)
     failed = sum(p.error is not None for p in predictions)
-    readable = max(1, len(predictions) - failed)
+    videos_of = Counter(p.label for p in predictions)
+    hits_of = Counter(p.label for p in predictions if p.label in p.classes[:1])
     return {
         "videos": len(predictions),
         "failed": failed,
         "top1": top1 / len(predictions),
         "top5": top5 / len(predictions),
-        "top1_readable": top1 / readable,
-        "top5_readable": top5 / readable,
+        "mean_class": sum(hits_of[c] / n for c, n in videos_of.items()) / len(videos_of),
     }
 
 
 # ---------------------------------------------------------------- as a script
-def parse(argv):
+# name: (default, type or choices, help)
+# fmt: off
+DATA_OPTIONS = {
+    "data": ("demo", tuple(SOURCES), "the data set, or the layout of your videos"),
+    "root": (None, str, "its folder (data/NAME)"),
+    "split": (None, (1, 2, 3), "of HMDB51 (1)"),
+}
+MACHINE_OPTIONS = {
+    "workers": (min(8, os.cpu_count()), natural, "processes that read videos"),
+    "compile": (False, bool, "torch.compile the blocks"),
+    "amp": ("auto", ("auto", "bf16", "fp16", "off"), "mixed precision; auto: on CUDA GPUs"),
+    "device": ("auto", ("auto", "cuda", "mps", "cpu"),
+               "where to run; auto: a GPU if there is one"),
+}
+OPTIONS = DATA_OPTIONS | {
+    "data": (None, tuple(SOURCES), "the data set (the run's)"),
+    "views": (None, views, "views per video, whose scores are averaged (the run's)"),
+    "limit": (None, positive_int, "only the first N videos (all)"),
+    "shuffled": (False, bool, "frames in random order: is time used?"),
+    "predictions": (None, str, "CSV file for each video's classes and scores"),
+    "backbone": (None, str, "where the image model is, if not where it was in training"),
+    "pretrained": (None, str, "likewise, the file or tag of its weights"),
+    "batch": (8, positive_int, "videos per process and step"),
+} | MACHINE_OPTIONS
+# fmt: on
+
+
+def parse(argv=None):
     parser = argparse.ArgumentParser(
-        usage="python evaluate.py CHECKPOINT [VIDEO ...] [options]",
-        formatter_class=options.HelpLines,
+        prog="evaluate.py", usage="python evaluate.py CHECKPOINT [VIDEO ...] [options]"
     )
-    add, whole = parser.add_argument, options.at_least(1)
-    add("checkpoint", help="best.pt or last.pt of a run")
+    parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
     files = "files to be classified; without any, a data set is evaluated"
-    add("video", nargs="*", default=None, help=files)
-    views = "views per video, whose scores are averaged (those that the run was given)"
-    add("--views", type=options.views, metavar="CLIPSxCROPS", help=views)
-    add = parser.add_argument_group("data set").add_argument
-    options.add_data_options(add, note=" (that of the training)")
-    add("--limit", type=whole, metavar="N", help="only the first N videos (all)")
-    add("--predictions", metavar="FILE.csv", help="write each video's classes and scores")
-    add = parser.add_argument_group("image model and machine").add_argument
-    add("--backbone", metavar="NAME", help="where the image model is, if not where it was")
-    add("--pretrained", metavar="TAG", help="likewise, the file or tag of its weights")
-    add("--batch", type=whole, metavar="N", default=8, help="videos per process and step")
-    options.add_machine_options(add)
-    args = parser.parse_intermixed_args(argv)
-    if args.video and args.predictions:
-        parser.error("--predictions is for a data set, not for single videos")
-    return args
+    parser.add_argument("video", nargs="*", help=files)
+    add_options(parser, OPTIONS)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv=None):
+    """Returns 1 if a video that the command line names cannot be read."""
     args = parse(argv)
-    with processes("evaluate.py", args.device) as (_, _, device):
-        dtype, model, settings, samples, missing = in_turn(lambda: set_up(args, device))
+    with processes("evaluate.py", args.device) as device:
+        dtype = autocast_type(args.amp, device)
+        where = (args.checkpoint, args.backbone, args.pretrained)
+        model, content = rank_zero_first(lambda: load_checkpoint(*where))
+        settings = content["run"]
+        prepare(model.to(device), dtype, args.compile)
+        args.views = args.views or tuple(settings["views"])
+        if args.video:
+            samples, missing = [(path, -1) for path in args.video], 0
+        else:
+            videos = rank_zero_first(lambda: find_test_set(args, settings))
+            samples = videos.val[: args.limit]
+            missing = sum(split == "val" for split, _ in videos.missing)
+        if args.predictions:
+            open(args.predictions, "a").close()  # better refused now than after the evaluation
         test_views = VideoViews(
             samples,
-            model.num_frames,
+            model.config.frames,
             model.visual.image_size[0],
             settings["sampling"],
             settings["test_stride"],
             args.views,
+            shuffled=model.config.spatial_frames if args.shuffled else None,
         )
         batch, workers = (1, 0) if args.video else (args.batch, args.workers)
         predictions = predict(model, test_views, device, dtype, batch, workers)
         if rank() > 0:
             return 0
+        if args.predictions:
+            write_predictions(args.predictions, predictions, samples, settings["classes"])
         if args.video:
             return print_classes(predictions, samples, settings["classes"])
-        return report(args, predictions, samples, missing, settings["classes"])
-
-
-def set_up(args, device):
-    """→ compute type, model on the device, the training's settings, videos, how many are missing.
-
-    Where args.views, data and split are not given, they become the training's.
-    """
-    dtype = autocast_type(args.amp, device)
-    model, content = load_checkpoint(args.checkpoint, args.backbone, args.pretrained)
-    settings = content["run"]
-    args.views = args.views or tuple(settings["views"])
-    if args.video:
-        samples, missing = [(path, -1) for path in args.video], 0
-    else:
-        videos = find_test_set(args, settings)
-        samples = videos.val[: args.limit]
-        missing = sum(split == "val" for split, _ in videos.missing)
-    if args.predictions:
-        open(args.predictions, "a").close()  # better refused now than after the evaluation
-    return dtype, prepare(model.to(device), dtype, args.compile), settings, samples, missing
+        return report(args, predictions, samples, missing, len(settings["classes"]))
 
 
 def find_test_set(args, settings):
@@ -193,8 +195,7 @@ def find_test_set(args, settings):
             f"the classes of {args.data} ({len(videos.classes)}) are not the"
             f" {len(settings['classes'])} that the checkpoint knows"
         )
-    trained_with = settings.get("val_digest", settings.get("val_fingerprint"))  # its older name
-    if same and trained_with not in (None, digest(videos.val)):
+    if same and settings.get("val_digest") not in (None, digest(videos.val)):
         say(
             f"note: these {len(videos.val)} validation videos are not the"
             f" {settings['val_videos']} of the training, which may have seen some of them"
@@ -211,43 +212,46 @@ def print_classes(predictions, samples, classes):
     return int(any(p.error for p in predictions))
 
 
-def report(args, predictions, samples, missing, classes):
+def write_predictions(path, predictions, samples, classes):
+    """A line a video: its path, its label if it has one, then pairs of a class and its score."""
+    header = ["video", "label"]
+    for i in range(1, 1 + min(5, len(classes))):
+        header += [f"class{i}", f"score{i}"]
+    with open(path, "w", newline="", errors="surrogateescape") as out:
+        lines = csv.writer(out, lineterminator="\n")
+        lines.writerow(header)
+        for p in predictions:
+            cells = [samples[p.index][0], classes[p.label] if p.label >= 0 else ""]
+            for c, score in zip(p.classes, p.scores):
+                cells += [classes[c], f"{score:.6f}"]
+            lines.writerow(cells)
+
+
+def report(args, predictions, samples, missing, num_classes):
     """Print the accuracy of a data set, and write it beside the checkpoint."""
-    num_clips, num_crops = args.views
-    result = summarise(predictions) | {
-        "checkpoint": args.checkpoint,
-        "data": args.data,
-        "views": f"{num_clips}x{num_crops}",
-        "split": args.split,
-        "limit": args.limit,
-        "missing": missing,
-        "digest": digest(samples),
-        "unreadable": [samples[p.index][0] for p in predictions if p.error],
-    }
+    clips, crops = args.views
+    result = summarise(predictions)
+    asked = ("checkpoint", "data", "views", "split", "limit", "shuffled")
+    result |= {name: getattr(args, name) for name in asked}
+    result |= {"missing": missing, "digest": digest(samples)}
+    result["unreadable"] = [samples[p.index][0] for p in predictions if p.error]
     absent = f"; {missing} listed videos are missing" if missing else ""
+    top5 = f"   top-5 {100 * result['top5']:.2f} %" if num_classes > 5 else ""
     print(
-        f"top-1 {100 * result['top1']:.2f} %   top-5 {100 * result['top5']:.2f} %"
-        f"   ({len(predictions)} videos, {num_clips} clips x {num_crops} crops){absent}"
+        f"top-1 {100 * result['top1']:.2f} %{top5}   mean class accuracy"
+        f" {100 * result['mean_class']:.2f} %   ({len(predictions)} videos, {clips} clips x"
+        f" {crops} crops){absent}"
     )
-    if result["failed"]:
-        print(
-            f"{result['failed']} videos could not be read and count as wrong; over the readable"
-            f" ones top-1 {100 * result['top1_readable']:.2f} %,"
-            f" top-5 {100 * result['top5_readable']:.2f} %"
-        )
-        errors = [p.error for p in predictions if p.error]
-        print(*[f"  {error}" for error in errors[:10]], sep="\n")
-    if args.predictions:
-        write_predictions(args.predictions, predictions, samples, classes)
+    errors = [p.error for p in predictions if p.error]
+    if errors:
+        print(f"{len(errors)} videos could not be read and count as wrong, such as: {errors[0]}")
     part = f"-split{args.split}" if args.split else ""
     part += f"-first{args.limit}" if args.limit else ""
+    part += "-shuffled" if args.shuffled else ""
     file = f"{os.path.splitext(args.checkpoint)[0]}.{args.data}{part}.json"
-    try:
-        with open(file, "w") as out:
-            json.dump(result, out, indent=1)
-        print(f"wrote {file}")
-    except OSError as error:  # a checkpoint that others own
-        print(f"note: the result is not written: {error}")
+    with open(file, "w") as out:
+        json.dump(result, out, indent=1)
+    print(f"wrote {file}")
     return 0
 
 

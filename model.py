@@ -1,63 +1,188 @@
 """The video models: an image transformer, frozen, and the few weights that are trained around it.
 
-    python model.py                         # parameters and multiply-accumulates of each method
-
-What they cost in seconds and memory: python -m tools.cost
+Config has every option of a model. ViT is the frozen image model, DualPath the paper's model around
+it, FrameModel that of the methods it is compared with. What a model costs: python -m tools.cost
 """
 
-import argparse
-import json
+import dataclasses
+import hashlib
+import inspect
 import math
 from functools import partial
 
 import torch
+from open_clip.transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
-from adapters import METHODS, FrameBlock, Unadapted, quarter_block
+from adapters import METHODS
 from grid import check_divides, frameset, position_code
-from support.backbones import fingerprint, has_class_token, load_image_model
-from support.options import at_least
-from support.processes import UserError, one_sentence
-from support.runs import check_fit, load_weights, read_checkpoint, saved_weights
-from support.tables import table
+from support.backbones import (
+    ImageModel,
+    Unadapted,
+    add_positions,
+    by_the_interface,
+    check_fit,
+    check_supported,
+    load_plain_model,
+)
+from support.options import fraction, option, positive_int
+from support.processes import UserError
+from support.runs import read_checkpoint
 
 
-class FrameModel(nn.Module):
-    """T_s frames, each an ordinary image; their class features averaged; a linear head on them.
+# ---------------------------------------------------------------- every option of a model, once
+@dataclasses.dataclass
+class Config:
+    """What rebuilds a model; train.py has an option for each field, a checkpoint keeps them all.
 
-    visual: the image model (support/backbones.py). new_block(d): what goes around a block of width
-    d (adapters.py). block_class: their class, whose flags say what else the method needs.
+    The adapters' options belong to those methods whose block names them in its constructor, and
+    the last ones to DualPath. T, T_s and w, h are the paper's.
     """
 
-    spatial, temporal = True, False  # which paths the model has
+    num_classes: int = 400
+    # fmt: off
+    method: str = option("dualpath", tuple(METHODS), "what is trained around the image model")
+    backbone: str = option("ViT-B-16-quickgelu", str,
+                           "open_clip model, swin_t, swin_s, swin_b, local-dir:DIR, or tiny")
+    pretrained: str | None = option("openai", str,
+                           "open_clip tag (swins: imagenet1k), a file, or none: random weights")
+    frames: int = option(32, positive_int, "frames per clip, T")
+    spatial_frames: int = option(8, positive_int, "of these, those seen at full size, T_s")
+    size: int | None = option(None, positive_int,
+                           "pixels of a frame's side (the image model's own)")
+    # the adapters
+    bottleneck: int | None = option(None, positive_int,
+                           "width of the adapters; of vpt, number of prompts (the method's own)")
+    dropout: float = option(0.1, fraction, "in the adapters")
+    pre_attention_adapter: bool = option(False, bool, "A_t0, before the temporal path's attention")
+    serial_skip: bool = option(False, bool, "z + h + A(h) in the temporal path")
+    before: str = option("mha", ("mha", "mlp", "both"), "where st_adapter has its adapters")
+    aim_scale: float = option(0.5, float, "weight of AIM's adapter parallel to the MLP")
+    aim_temporal_adapters: int = option(1, (1, 2), "2 adds one before AIM's attention over frames")
+    # DualPath
+    paths: str = option("both", ("both", "spatial", "temporal"), "which paths are built")
+    rows: int = option(4, positive_int, "frames of a frameset from top to bottom, h")
+    cols: int = option(4, positive_int, "frames of a frameset from left to right, w")
+    position_scale: float = option(1.0, float, "amplitude of p^TP, the temporal position code")
+    # fmt: on
 
-    def __init__(
-        self, visual, new_block, num_classes, num_frames, spatial_frames, block_class=FrameBlock
-    ):
+
+COMMON_OPTIONS = "num_classes method backbone pretrained frames spatial_frames size".split()
+DUALPATH_OPTIONS = ["paths", "rows", "cols", "position_scale"]
+
+
+def options_of(method):
+    """The names of the options that a method has."""
+    if method not in METHODS:
+        raise UserError(f"there is no method {method!r}; the methods are {', '.join(METHODS)}")
+    own = inspect.signature(METHODS[method]).parameters.keys() - {"d", "patch_size"}
+    return own.union(COMMON_OPTIONS, DUALPATH_OPTIONS if method == "dualpath" else [])
+
+
+def check_options(config):
+    """UserError where an option that the method does not have is not at its default."""
+    for name, default in vars(Config()).items():
+        if name not in options_of(config.method) and getattr(config, name) != default:
+            have = ", ".join(other for other in METHODS if name in options_of(other))
+            word = f"--{name.replace('_', '-')}"
+            raise UserError(f"{word} is no option of {config.method}; it is one of {have}")
+
+
+# ---------------------------------------------------------------- the frozen image model
+class ViT(ImageModel):
+    """open_clip's ViT with a class token; its parts keep their names and their order.
+
+    Swin and SigLIP have the same methods in support/backbones.py.
+    """
+
+    def __init__(self, plain):
+        super().__init__(plain)
+        self.patch_size = plain.patch_size
+        self.class_embedding = plain.class_embedding  # (d,)
+        self.positional_embedding = plain.positional_embedding  # (1 + P, d)
+        self.proj = plain.proj
+        self.conv1 = plain.conv1
+        self.ln_pre = plain.ln_pre
+        self.transformer = plain.transformer
+        self.ln_post = plain.ln_post
+        self.widths = [plain.transformer.width] * plain.transformer.layers
+
+    @property
+    def blocks(self):
+        return self.transformer.resblocks
+
+    def forward(self, images):
+        """The image model itself, which the video models take apart: (N, 3, H, W) → (N, d_out)."""
+        x = self.patches(images)
+        x = self.tokens(x, self.class_embedding, self.positional_embedding)
+        for block in self.blocks:
+            x = block(x)
+        return self.feature(x)
+
+    def patches(self, images):
+        """(N, 3, H, W), values 0…255 → patch embeddings (N, P, d), no positions yet."""
+        images = (images - self.mean) / self.std
+        return self.conv1(images).flatten(2).transpose(1, 2)  # a convolution at a patch's stride
+
+    def tokens(self, patches, class_token, position):
+        """Class token in front, positions added: (B·n, P, d) → (B·n, 1 + P, d).
+
+        position: (n, 1 + P, d), or (1 + P, d) for all images.
+        """
+        class_tokens = class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        x = torch.cat([class_tokens, patches], dim=1)
+        return self.ln_pre(add_positions(x, position))
+
+    def feature(self, x):
+        """The class token behind the last block, projected: (N, 1 + P, d) → (N, d_out)."""
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+# ---------------------------------------------------------------- the paper's model
+class DualPath(nn.Module):
+    """Two paths through one frozen image model (section 3 of the paper).
+
+    visual: the image model. Trained: the adapters (`blocks`, by the name that checkpoints know),
+    both class tokens, p^SP (visual.positional_embedding) and the head on [y^TP ; y^SP]. A path
+    that is switched off is not built: it has no images, and its feature is None.
+    """
+
+    def __init__(self, visual, config):
         super().__init__()
-        check_divides("the number of frames", num_frames, spatial_frames)
-        check_divides("the image size", visual.image_size[0], visual.patch_size[0])
-        self.visual = visual.requires_grad_(block_class.trains_image_model)
-        self.num_frames, self.spatial_frames = num_frames, spatial_frames
-        self.images_per_clip = spatial_frames
-        self.checkpoint_activations = False
-        mean, std = 255 * torch.tensor([visual.image_mean, visual.image_std]).view(2, 3, 1, 1)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-        self.head = nn.Linear(visual.output_dim, num_classes)
-        self.blocks = nn.ModuleList(new_block(d) if d else Unadapted() for d in visual.widths)
-        self.pools_tokens = block_class.pools_tokens
-        self.temporal_embedding = 0.0  # added to the positions; AIM trains one
-        if block_class.temporal_embedding:
-            d = visual.widths[0]
-            self.temporal_embedding = nn.Parameter(torch.zeros(spatial_frames, 1, d))
+        check_sizes(visual, config)
+        self.visual = visual.requires_grad_(False)
+        self.config = config
+        self.spatial, self.temporal = config.paths != "temporal", config.paths != "spatial"
+        T_G = config.frames // (config.rows * config.cols) if self.temporal else 0
+        self.images_per_clip = T_G + (config.spatial_frames if self.spatial else 0)
+        d_out = visual.output_dim
+        # Replaced below. Without it a seed would give other weights than it used to, and an
+        # optimiser's state in a checkpoint would have another order.
+        self.head = nn.Linear(d_out, config.num_classes)
+        self.blocks = adapters_around(visual, config)
+        if self.spatial:
+            for p in (visual.class_embedding, visual.positional_embedding):  # the latter: p^SP
+                if p is not None:
+                    p.requires_grad_()
+        if self.temporal:
+            self.add_temporal_tokens(T_G)
+        hidden = nn.Linear(2 * d_out if config.paths == "both" else d_out, d_out)
+        self.head = nn.Sequential(hidden, nn.GELU(), nn.Linear(d_out, config.num_classes))
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.visual.eval()  # the image model's own dropout stays off
-        return self
+    def add_temporal_tokens(self, T_G):
+        """p^TP, and a class token for the framesets where the image model has one."""
+        visual, config = self.visual, self.config
+        patch, d = visual.patch_size[0], visual.widths[0]
+        code = position_code(T_G, *visual.image_size, patch, d, config.rows, config.cols)
+        code = config.position_scale * code  # (T_G, P, d)
+        self.temporal_class_embedding = None
+        if visual.class_embedding is not None:
+            # What the frozen blocks know as a class token is the embedding with its position added.
+            class_token = visual.class_embedding + visual.positional_embedding[0]
+            self.temporal_class_embedding = nn.Parameter(class_token.detach())
+            code = nn.functional.pad(code, (0, 0, 1, 0))  # zero for the class token: (T_G, L, d)
+        self.register_buffer("temporal_position", code.to(visual.mean.device), persistent=False)
 
     def forward(self, video):
         """video: (B, T, 3, H, W) uint8 → logits (B, num_classes)."""
@@ -65,216 +190,220 @@ class FrameModel(nn.Module):
         return self.head(torch.cat([y for y in (y_tp, y_sp) if y is not None], dim=-1))
 
     def features(self, video):
-        """(B, T, 3, H, W) uint8 → (y^SP (B, d_out), None): there is no temporal path."""
-        self.check(video)
-        frames = self.sampled_frames(video)  # (B·T_s, 3, H, W)
-        x = self.frame_tokens(self.patches(frames))
-        for block, adapted in zip(self.visual.blocks, self.blocks):
-            x = self.run_block(adapted, block, x)
-        return self.mean_feature(x, video.shape[0]), None
-
-    def check(self, video):
-        want, shape = (self.num_frames, 3, *self.visual.image_size), tuple(video.shape)
-        if len(shape) != 5 or shape[1:] != want or video.dtype != torch.uint8:
-            raise ValueError(
-                f"the model takes uint8 video of shape (batch, {str(want)[1:]}, not {video.dtype}"
-                f" of shape {shape}"
-            )
-
-    def sampled_frames(self, video):
-        """Frames 0, T/T_s, 2T/T_s, … of each clip → (B·T_s, 3, H, W), values 0…255."""
-        return video[:, :: self.num_frames // self.spatial_frames].flatten(0, 1).float()
-
-    def patches(self, images):
-        """(N, 3, H, W), values 0…255 → patch embeddings (N, P, d), no positions yet."""
-        return self.visual.patches((images - self.mean) / self.std)
-
-    def frame_tokens(self, patches):
-        """Patches of frames → their tokens, with the class token and p^SP where there are any."""
-        position = self.visual.positional_embedding
-        if position is not None:
-            position = position[None] + self.temporal_embedding
-        return self.tokens(patches, self.visual.class_embedding, position)
-
-    def tokens(self, patches, class_token, position):
-        """(B·n, P, d) → (B·n, L, d): class token in front, position (n, L, d) added, or None."""
-        tokens = patches
-        if class_token is not None:
-            class_tokens = class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
-            tokens = torch.cat([class_tokens, patches], dim=1)
-        if position is not None:
-            tokens = tokens.unflatten(0, (-1, position.shape[0]))
-            tokens = (tokens + position.to(patches.dtype)).flatten(0, 1)
-        return self.visual.ln_pre(tokens)
-
-    def run_block(self, adapted, *inputs):
-        """adapted(*inputs); with checkpointing its insides are computed again for backward."""
-        if self.checkpoint_activations:
-            return checkpoint(adapted, *inputs, use_reentrant=False)
-        return adapted(*inputs)
-
-    def mean_feature(self, tokens, batch):
-        """Features of the images, averaged over each clip: (batch·n, L, d) → (batch, d_out)."""
-        if self.pools_tokens:
-            return self.visual.feature(tokens.unflatten(0, (batch, -1)).mean(dim=1))
-        return self.visual.feature(tokens).unflatten(0, (batch, -1)).mean(dim=1)
-
-
-class DualPath(FrameModel):
-    """Two paths through one frozen image model (section 3 of the paper).
-
-    Trained: the adapters (blocks), both class tokens, p^SP (visual.positional_embedding) and the
-    head on [y^TP ; y^SP]. A path that is switched off is not built: it has no images, and its
-    feature is None.
-    """
-
-    def __init__(
-        self,
-        visual,
-        new_block,
-        num_classes,
-        num_frames,
-        spatial_frames,
-        rows=4,
-        cols=4,
-        position_scale=1.0,
-        paths="both",
-    ):
-        if paths != "spatial":  # the nearest sizes should suit both paths
-            what = f"the number of frames (framesets of {rows * cols}, T_s = {spatial_frames})"
-            check_divides(what, num_frames, math.lcm(spatial_frames, rows * cols))
-            patch, size = visual.patch_size[0], visual.image_size[0]
-            what = f"the image size (framesets of {rows} x {cols}, patches of {patch})"
-            check_divides(what, size, math.lcm(patch, rows, cols))
-        super().__init__(visual, new_block, num_classes, num_frames, spatial_frames)
-        self.rows, self.cols = rows, cols
-        self.spatial, self.temporal = paths != "temporal", paths != "spatial"
-        self.images_per_clip = 0
-        if self.spatial:
-            for p in (visual.class_embedding, visual.positional_embedding):
-                if p is not None:
-                    p.requires_grad_()
-            self.images_per_clip += spatial_frames
-        if self.temporal:
-            self.add_temporal_path(position_scale)
-            self.images_per_clip += num_frames // (rows * cols)
-        d = visual.output_dim
-        hidden = nn.Linear(2 * d if paths == "both" else d, d)
-        self.head = nn.Sequential(hidden, nn.GELU(), nn.Linear(d, num_classes))
-
-    def add_temporal_path(self, position_scale):
-        visual, (H, W) = self.visual, self.visual.image_size
-        patch, d = visual.patch_size[0], visual.widths[0]
-        T_G = self.num_frames // (self.rows * self.cols)
-        code = position_scale * position_code(T_G, H, W, patch, d, self.rows, self.cols)  # p^TP
-        self.temporal_class_embedding = None
-        if visual.class_embedding is not None:
-            # What the frozen blocks know as a class token is the embedding with its position added.
-            class_token = visual.class_embedding + visual.positional_embedding[0]
-            self.temporal_class_embedding = nn.Parameter(class_token.detach())
-            code = nn.functional.pad(code, (0, 0, 1, 0))  # zero for the class token: (T_G, L, d)
-        self.register_buffer("temporal_position", code.to(self.mean.device), persistent=False)
-
-    def features(self, video):
         """(B, T, 3, H, W) uint8 → (y^SP, y^TP), the paths' features, (B, d_out) or None."""
-        self.check(video)
-        x, z = self.embed(video)
-        for block, adapted in zip(self.visual.blocks, self.blocks):
-            x, z = self.run_block(adapted, block, x, z)
-        y_sp = self.mean_feature(x, video.shape[0]) if self.spatial else None
-        y_tp = self.mean_feature(z, video.shape[0]) if self.temporal else None
-        return y_sp, y_tp
+        check_video(video, self)
+        config, visual = self.config, self.visual
 
-    def embed(self, video):
-        """A clip's tokens in each path → x (B·T_s, L, d), z (B·T_G, L, d)."""
-        no_images = video[:0, 0].float()  # (0, 3, H, W): those of a path that is switched off
-        frames = self.sampled_frames(video) if self.spatial else no_images  # (B·T_s, 3, H, W)
-        framesets = no_images
+        # Frames 0, T/T_s, 2T/T_s, … for the spatial path, all of them for the temporal one. A path
+        # that is switched off is an empty batch, (0, 3, H, W), and takes the same lines.
+        frames = framesets = video[:0, 0].float()
+        if self.spatial:
+            sampled = video[:, :: config.frames // config.spatial_frames]
+            frames = sampled.flatten(0, 1).float()  # (B·T_s, 3, H, W), values 0…255
         if self.temporal:
-            framesets = frameset(video.float(), self.rows, self.cols).flatten(0, 1)  # (B·T_G, …)
-        patches = self.patches(torch.cat([frames, framesets]))  # (B·(T_s + T_G), P, d)
-        frame_patches, frameset_patches = patches.split([frames.shape[0], framesets.shape[0]])
+            framesets = frameset(video.float(), config.rows, config.cols)
+            framesets = framesets.flatten(0, 1)  # (B·T_G, 3, H, W)
 
-        x = self.frame_tokens(frame_patches)
-        z = x[:0]
+        # One batch of images: both paths share the frozen weights.
+        patches = visual.patches(torch.cat([frames, framesets]))  # (B·(T_s + T_G), P, d)
+        x, z = patches.split([frames.shape[0], framesets.shape[0]])
+        x = visual.tokens(x, visual.class_embedding, visual.positional_embedding)  # + p^SP
         if self.temporal:
-            class_token, position = self.temporal_class_embedding, self.temporal_position
             # In float32 under autocast, too: what the adapters add to z is small at first, and
             # bfloat16 would round part of it away.
-            z = self.tokens(frameset_patches.float(), class_token, position)
-        return x, z
+            z = visual.tokens(z.float(), self.temporal_class_embedding, self.temporal_position)
+        else:
+            z = x[:0]
+        for block, adapters in zip(visual.blocks, self.blocks):
+            x, z = adapters(block, x, z)  # (B·T_s, L, d), (B·T_G, L, d)
+
+        B, y_sp, y_tp = video.shape[0], None, None
+        if self.spatial:
+            y_sp = visual.feature(x).unflatten(0, (B, -1)).mean(dim=1)  # over T_s frames
+        if self.temporal:
+            y_tp = visual.feature(z).unflatten(0, (B, -1)).mean(dim=1)  # over T_G framesets
+        return y_sp, y_tp
 
 
-def build_model(
-    method="dualpath",
-    num_classes=400,
-    backbone="ViT-B-16-quickgelu",
-    pretrained="openai",
-    num_frames=32,
-    spatial_frames=8,
-    image_size=None,
-    rows=4,
-    cols=4,
-    bottleneck=None,
-    dropout=0.1,
-    pre_attention_adapter=False,
-    serial_skip=False,
-    paths="both",
-    position_scale=1.0,
-    before="mha",
-    aim_scale=0.5,
-    aim_temporal_adapters=1,
-):
+# ---------------------------------------------------------------- what it is compared with
+class FrameModel(nn.Module):
+    """T_s frames, each an ordinary image; their class features averaged; a linear head on them.
+
+    What the method needs besides a block of its own is in the flags of its class (adapters.py).
+    """
+
+    spatial, temporal = True, False  # which paths the model has
+
+    def __init__(self, visual, config):
+        super().__init__()
+        check_sizes(visual, config)
+        self.config, self.method = config, METHODS[config.method]
+        self.images_per_clip = config.spatial_frames
+        if self.method.needs_class_token and visual.class_embedding is None:
+            raise UserError(
+                f"{config.method} needs a class token, and {config.backbone!r} has none: it takes"
+                " ViTs that have one, such as ViT-B-16-quickgelu"
+            )
+        self.visual = visual
+        for name, p in visual.named_parameters():
+            p.requires_grad_(self.method.trains(name))
+        self.head = nn.Linear(visual.output_dim, config.num_classes)
+        self.blocks = adapters_around(visual, config)
+        if self.method.temporal_embedding:
+            embedding = torch.zeros(config.spatial_frames, 1, visual.widths[0])
+            self.temporal_embedding = nn.Parameter(embedding)
+
+    def forward(self, video):
+        """video: (B, T, 3, H, W) uint8 → logits (B, num_classes)."""
+        return self.head(self.features(video)[0])
+
+    def features(self, video):
+        """(B, T, 3, H, W) uint8 → (the clips' features (B, d_out), None)."""
+        check_video(video, self)
+        config, visual = self.config, self.visual
+        frames = video[:, :: config.frames // config.spatial_frames].flatten(0, 1).float()
+        position = visual.positional_embedding
+        if self.method.temporal_embedding:
+            position = position + self.temporal_embedding  # (T_s, L, d)
+        x = visual.tokens(visual.patches(frames), visual.class_embedding, position)  # (B·T_s, L, d)
+        for block, adapters in zip(visual.blocks, self.blocks):
+            x = adapters(block, x)
+        of_clips = (video.shape[0], config.spatial_frames)
+        if self.method.pools_tokens:
+            return visual.feature(x.unflatten(0, of_clips).mean(dim=1)), None
+        return visual.feature(x).unflatten(0, of_clips).mean(dim=1), None
+
+
+# ---------------------------------------------------------------- what both are built of
+def adapters_around(visual, config):
+    """What the method puts around each block of the image model → a ModuleList."""
+    Block = METHODS[config.method]
+    options = vars(config) | {"patch_size": visual.patch_size[0]}
+    options = {k: options[k] for k in inspect.signature(Block).parameters if k != "d"}
+    adapters, stages = nn.ModuleList(), len(set(visual.widths)) > 1
+    for d in visual.widths:
+        if stages and config.method == "dualpath" and config.bottleneck is None:
+            options["bottleneck"] = d // 4  # Swin's stages differ in width: as in their code
+        adapters.append(Block(d, **options) if d else Unadapted())
+    return adapters
+
+
+def check_sizes(visual, config):
+    """ValueError where the numbers of frames or pixels do not divide, with the nearest that do."""
+    patch, size = visual.patch_size[0], visual.image_size[0]
+    if config.method == "dualpath" and config.paths != "spatial":
+        rows, cols, T_s = config.rows, config.cols, config.spatial_frames
+        what = f"the number of frames (framesets of {rows * cols}, T_s = {T_s})"
+        check_divides(what, config.frames, math.lcm(T_s, rows * cols))
+        what = f"the image size (framesets of {rows} x {cols}, patches of {patch})"
+        check_divides(what, size, math.lcm(patch, rows, cols))
+    else:
+        check_divides("the number of frames", config.frames, config.spatial_frames)
+        check_divides("the image size", size, patch)
+
+
+def check_video(video, model):
+    want, shape = (model.config.frames, 3, *model.visual.image_size), tuple(video.shape)
+    if len(shape) != 5 or shape[1:] != want or video.dtype != torch.uint8:
+        raise ValueError(
+            f"the model takes uint8 video of shape (batch, {str(want)[1:]}, not {video.dtype} of"
+            f" shape {shape}"
+        )
+
+
+# ---------------------------------------------------------------- building and loading
+def build_model(config, visual=None):
     """A video classifier around a frozen image model: (B, T, 3, H, W) uint8 → (B, num_classes).
 
-    image_size, bottleneck: None for the image model's and the method's own; another size
-    interpolates the position embedding. DualPath's bottleneck is 128, or around Swin a quarter of
-    each stage's width, as in the authors' code. rows, cols: the frameset's. position_scale:
-    amplitude of p^TP. The others are explained in adapters.py. Raises UserError.
+    visual: the image model, if it is at hand (open_clip's own `model.visual`); else config.backbone
+    and pretrained say what is loaded. Which weights are trained follows from the Config; a weight
+    that is frozen or unfrozen later is not known to checkpoints (check_rebuilds). Raises UserError.
     """
-    config = dict(locals())  # all arguments
-    check_method(method, paths, backbone)
-    visual = load_image_model(backbone, pretrained, image_size)
-    sizes = (num_classes, num_frames, spatial_frames)
-    own_options = {
-        "dualpath": {"pre_attention_adapter": pre_attention_adapter, "serial_skip": serial_skip},
-        "vpt": {"patch_size": visual.patch_size[0]},
-        "st_adapter": {"before": before},
-        "aim": {"s": aim_scale, "temporal_adapters": aim_temporal_adapters},
-    }
-    options = {"dropout": dropout} | own_options.get(method, {})
-    if bottleneck is not None:
-        options["bottleneck"] = bottleneck
-    Block = METHODS[method]
+    check_options(config)
+    if visual is None:
+        visual = load_plain_model(config.backbone, config.pretrained, config.size)
+    check_supported(visual, type(visual).__name__)
+    visual = ViT(visual) if isinstance(visual, VisionTransformer) else by_the_interface(visual)
     try:
-        if method == "dualpath":
-            if len(set(visual.widths)) > 1 and bottleneck is None:
-                Block = quarter_block
-            new_block = partial(Block, paths=paths, **options)
-            model = DualPath(visual, new_block, *sizes, rows, cols, position_scale, paths)
-        else:
-            new_block = partial(Block, frames=spatial_frames, **options)
-            model = FrameModel(visual, new_block, *sizes, Block)
+        model = (DualPath if config.method == "dualpath" else FrameModel)(visual, config)
     except ValueError as error:
         raise UserError(error) from error
-    model.config = config
-    model.fingerprint = fingerprint(model.visual, interpolated=image_size is not None)
+    model.fingerprint = fingerprint(model)  # now, before `prepare` may round the weights
     return model.train()
 
 
-def check_method(method, paths, backbone):
-    if method not in METHODS:
-        raise UserError(f"there is no method {method!r}; the methods are {', '.join(METHODS)}")
-    if paths not in ("both", "spatial", "temporal") or (paths != "both" and method != "dualpath"):
+def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
+    """Make a model ready for long work under autocast to dtype; returns it.
+
+    Frozen weights are held in dtype, instead of being cast at every call; those of LayerNorms are
+    few, and keep float32. checkpoint_activations: only the blocks' inputs are kept, and activations
+    are recomputed in backward. compile: the blocks, which share their graphs.
+    """
+    if dtype is not None:
+        for module in model.visual.modules():
+            for p in module.parameters(recurse=False):
+                if not p.requires_grad and not isinstance(module, nn.LayerNorm):
+                    p.data = p.data.to(dtype)
+    if checkpoint_activations:
+        for adapters in model.blocks:
+            adapters.forward = partial(checkpoint, adapters.forward, use_reentrant=False)
+    if compile:
+        try:  # something small, so that a missing compiler is a sentence now
+            torch.compile(torch.neg)(model.visual.mean)
+        except Exception as error:  # each backend raises its own kinds
+            raise UserError(f"--compile does not work on this machine: {error}") from error
+        # It would cut the (small) graphs for DDP and, past its limit, go on without compiling.
+        dynamo = torch._dynamo.config
+        dynamo.optimize_ddp, dynamo.recompile_limit = False, 64
+        dynamo.fail_on_recompile_limit_hit = True
+        for adapters in model.blocks:
+            adapters.compile()
+    return model
+
+
+def count_parameters(model):
+    """(trained, all) parameters."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in model.parameters())
+
+
+def saved_weights(model):
+    """What a checkpoint holds: the trained weights; where the frozen ones are random, those too."""
+    everything = model.config.pretrained is None
+    state = model.state_dict(keep_vars=True)
+    return {k: v.detach() for k, v in state.items() if v.requires_grad or everything}
+
+
+def fingerprint(model):
+    """SHA-256 of the frozen weights.
+
+    A position embedding that was interpolated is left out: its last bits vary by processor.
+    """
+    digest = hashlib.sha256()
+    for name, p in model.visual.named_parameters():
+        interpolated = model.config.size is not None and name == "positional_embedding"
+        if not (p.requires_grad or p.is_meta or interpolated):
+            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+            digest.update(p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_rebuilds(model):
+    """UserError if a model built from model.config would train other weights than this one does."""
+    with torch.device("meta"):
+        rebuilt = build_model(dataclasses.replace(model.config, pretrained=None))
+    want = {name for name, p in rebuilt.named_parameters() if p.requires_grad}
+    have = {name for name, p in model.named_parameters() if p.requires_grad}
+    if want != have:
+        names = ", ".join(sorted(want ^ have)[:3])
         raise UserError(
-            f"paths is {paths!r}; it is both, spatial or temporal, and the last two are for"
-            " dualpath alone"
+            f"a model that is rebuilt from its configuration would differ in whether it trains"
+            f" {names}, and could not load this one's checkpoint: what is trained follows from the"
+            " method (docs/new_method.md)"
         )
-    if METHODS[method].needs_class_token and not has_class_token(backbone):
-        raise UserError(
-            f"{method} needs a class token, and {backbone!r} has none: it takes ViTs that have"
-            " one, such as ViT-B-16-quickgelu"
-        )
+
+
+RENAMED = {"num_frames": "frames", "image_size": "size"}  # options of older checkpoints
 
 
 def load_checkpoint(path, backbone=None, pretrained=None):
@@ -284,116 +413,39 @@ def load_checkpoint(path, backbone=None, pretrained=None):
     training. Raises UserError.
     """
     content = read_checkpoint(path)
-    try:
-        config = dict(content["model"], backbone=backbone or content["model"]["backbone"])
-        if config["method"] == "full":
-            config["pretrained"] = None  # the checkpoint holds every weight
-        elif config["pretrained"] is not None:
-            config["pretrained"] = pretrained or config["pretrained"]
-        check_claims(path, config, content)
-        model = build_model(**config)
-        model.config["pretrained"] = content["model"]["pretrained"]  # for saved_weights
-        load_weights(model, content, path)
-    except (TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"{path} is refused: its configuration makes no model: {error}") from error
+    options = {RENAMED.get(name, name): value for name, value in content["model"].items()}
+    unknown = sorted(options.keys() - {f.name for f in dataclasses.fields(Config)})
+    if unknown:
+        raise UserError(f"{path} has an option that this version does not know: {unknown[0]}")
+    own = options_of(options["method"])  # a recipe's values for other methods are of no use
+    config = Config(**{name: value for name, value in options.items() if name in own})
+    was = config.pretrained
+    config.backbone = backbone or config.backbone
+    if config.method == "full":
+        config.pretrained = None  # the checkpoint holds every weight
+    elif was is not None:
+        config.pretrained = pretrained or was
+    model = build_model(config)
+    model.config.pretrained = was  # for saved_weights
+    load_weights(model, content, path)
     return model.eval(), content
 
 
-def check_claims(path, config, content):
-    """Refuse a checkpoint whose weights are not those of the model that it claims to be of.
-
-    The model is built without memory first: a small file can claim a model of any size.
-    """
-    with torch.device("meta"):
-        claimed = build_model(**dict(config, pretrained=None))
-    claimed.config = content["model"]
-    check_fit(saved_weights(claimed), content["weights"], f"{path} does not fit the model")
-    constants = [*claimed.buffers(), *claimed.visual.parameters(recurse=False)]
-    if claimed.num_frames > 9999 or sum(t.nbytes for t in constants) > 1 << 30:
-        raise UserError(f"{path} is refused: its number of frames, or their size, is too large")
-
-
-# ---------------------------------------------------------------- what each method costs, counted
-def count_parameters(model):
-    """(trained, all) parameters."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in model.parameters())
-
-
-def count(model):
-    """Images, parameters and multiply-accumulates of a clip, for a model on the meta device.
-
-    One forward pass, with gradients on: the counter cannot see into a CPU's kernels for inference.
-    """
-    size = model.visual.image_size
-    video = torch.zeros(1, model.num_frames, 3, *size, dtype=torch.uint8, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        model(video)
-    gmacs = counter.get_total_flops() / 2e9  # a multiply-accumulate is two FLOPs
-    tuned, everything = count_parameters(model)
-    return {
-        "T": model.num_frames,
-        "images": model.images_per_clip,
-        "all M": everything / 1e6,
-        "tuned M": tuned / 1e6,
-        "GMACs/view": gmacs,
-        "3 views": 3 * gmacs,
-    }
-
-
-def variants(backbone, methods, frames):
-    """(name, build_model's arguments) of the table's rows; if none can be built, of all of them."""
-    need_it = [method for method in methods if METHODS[method].needs_class_token]
-    if 0 < len(need_it) < len(methods) and not has_class_token(backbone):
-        print(f"{backbone} has no class token, which these need: {', '.join(need_it)}")
-        methods = [method for method in methods if method not in need_it]
-    rows = []
-    for method in methods:
-        if method == "dualpath":
-            rows += [(method, {"num_frames": T}) for T in frames]
-            rows.append(("dualpath+A_t0", rows[-1][1] | {"pre_attention_adapter": True}))
-        else:
-            lengths = [8, 16, 32] if method == "aim" else [8]  # in their papers
-            for T in lengths:
-                rows.append((method, {"method": method, "num_frames": T, "spatial_frames": T}))
-    return rows
-
-
-def count_variants(backbone, methods, frames):
-    """A row of counts for each variant."""
-    rows = []
-    for name, config in variants(backbone, methods, frames):
-        with torch.device("meta"):  # shapes without memory: counting needs no weights
-            model = build_model(backbone=backbone, pretrained=None, **config)
-            rows.append({"method": name} | count(model))
-    return rows
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Parameters and multiply-accumulates of methods.")
-    add_report_options(parser.add_argument)
-    args = parser.parse_args(argv)
-    with one_sentence("model.py"):
-        result = []
-        for backbone in args.backbone:
-            rows = count_variants(backbone, args.method, args.frames)
-            print(f"{backbone}: counted", *table(rows), "", sep="\n")
-            result += [{"backbone": backbone} | row for row in rows]
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump({"rows": result}, file, indent=1)
-
-
-def add_report_options(add):
-    """Options that tools.cost shares."""
-    names = ", ".join(METHODS)
-    backbones = ["ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "swin_b", "ViT-B-16-SigLIP2"]
-    add("--backbone", nargs="+", default=backbones, metavar="NAME", help="(%(default)s)")
-    add("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=names)
-    T, whole = [16, 32, 48], at_least(1)
-    add("--frames", nargs="+", type=whole, default=T, metavar="T", help="T (%(default)s)")
-    add("--json", metavar="FILE", help="write the table to a file, too")
-
-
-if __name__ == "__main__":
-    main()
+def load_weights(model, content, path, head=True):
+    """Copy a checkpoint's weights, or all but its head's, into a model that was built alike."""
+    own, weights = saved_weights(model), content["weights"]
+    if not head:
+        own = {k: v for k, v in own.items() if not k.startswith("head.")}
+        weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+    theirs = f"{content['model']['method']} around {content['model']['backbone']!r}"
+    ours = f"{model.config.method} around {model.config.backbone!r}"
+    check_fit(own, weights, f"{path}, of {theirs}, does not fit this {ours}")
+    tag = content["model"]["pretrained"]
+    if tag is not None and model.fingerprint != content["fingerprint"]:
+        raise UserError(
+            f"{path}, of {theirs} with weights {tag!r}, needs other frozen weights, or another"
+            f" image size, than this {ours} has"
+        )
+    model.load_state_dict(weights, strict=False)
+    if "normalisation" in content:  # older checkpoints do not have it
+        model.visual.set_normalisation(content["normalisation"])

@@ -9,43 +9,92 @@
 A data set's recipe, below, sets its options' defaults. --resume continues a run that was cut off.
 """
 
+import argparse
 import contextlib
+import dataclasses
 import math
 import os
+import time
+from functools import partial
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads leave cores to those that decode
 import numpy as np
+import open_clip
 import torch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from adapters import METHODS
 from data import TrainingClips, VideoViews, collate
-from evaluate import predict, summarise
-from model import build_model, count_parameters
+from evaluate import DATA_OPTIONS, MACHINE_OPTIONS, predict, summarise
+from model import (
+    Config,
+    build_model,
+    check_options,
+    check_rebuilds,
+    count_parameters,
+    load_weights,
+    options_of,
+    prepare,
+    saved_weights,
+)
+from support import options
 from support.datasets import digest, find_videos
-from support.options import training_options
-from support.prepare import prepare
 from support.processes import (
-    BAR,
     UserError,
     autocast_type,
-    in_turn,
     leave_signals_to_the_parent,
+    on_signals,
     processes,
+    progress_bar,
+    rank,
+    rank_zero_first,
     say,
+    world_size,
 )
-from support.runs import Run, find_checkpoint, load_weights, read_checkpoint
+from support.runs import COUNTERS, Run, check_continues, find_run, read_checkpoint
+
+# Every option but the model's, which are in model.Config: default, type or choices, help.
+# fmt: off
+OPTIONS = DATA_OPTIONS | {
+    "out": (None, str, "folder of the run (runs/NAME[-SPLIT]-METHOD[-PATHS]-sSEED)"),
+    "resume": (False, bool, "continue the run in --out"),
+    "overwrite": (False, bool, "delete the run in --out first"),
+    "init": (None, str, "start from this checkpoint's weights, with a new head"),
+    "limit": (None, options.positive_int, "the first N videos of each list (all)"),
+    "seed": (0, options.natural, "of order, augmentation, dropout and new weights"),
+    # clips
+    "sampling": ("uniform", ("dense", "uniform"), "frames at a stride, or one per segment"),
+    "stride": ((4,), [options.positive_int], "of dense clips; of several, one is drawn"),
+    "test_stride": (4, options.positive_int, "the same in testing"),
+    "augment": ("rand", ("rand", "crop", "translate"),
+                "crops and RandAugment, crops, or shifts only"),
+    "crop_area": (0.08, options.fraction, "least share of a frame that a crop keeps"),
+    "flip": (True, bool, "mirror half of the clips"),
+    "erasing": (0.0, options.fraction, "probability of random erasing"),
+    "views": ("3x1", options.views, "test views of evaluate.py"),
+    # optimisation
+    "epochs": (30, options.positive_int, "passes over all training clips"),
+    "warmup": (3.0, options.non_negative, "epochs of rising learning rate"),
+    "batch": (64, options.positive_int, "clips per step, over all processes"),
+    "micro_batch": (None, options.positive_int, "clips per forward; their gradients add up"),
+    "lr": (1e-3, options.non_negative, "base learning rate, per 256 clips"),
+    "weight_decay": (0.05, options.non_negative, "of matrices only"),
+    "clip_grad": (None, options.non_negative, "largest norm of the gradient (no limit)"),
+    "checkpoint_activations": (False, bool, "recompute them in backward: less memory, more time"),
+    "save_every": (10.0, options.non_negative, "minutes between checkpoints within an epoch"),
+} | MACHINE_OPTIONS
+# fmt: on
+MODEL_OPTIONS = options.table_of(Config)
 
 # Where a data set departs from the options' defaults, each value with its source: "command" is a
-# line in the authors' release, "code" a default in it, "costs" the value that gives the paper's
-# parameters and GMACs. lr is for 256 clips a step. Batches are rounded to divide by 8 processes.
+# line in the authors' release, "code" a default in it, "inferred" the value that gives the
+# paper's parameters and GMACs. lr is for 256 clips a step. Batches are rounded to divide by 8
+# processes.
 # fmt: off
 RECIPES = {
     "k400": dict(
-        frames=32,            # costs
+        frames=32,            # inferred
         sampling="dense",     # code
         stride=(4,),          # AIM's and ST-Adapter's: 16 at 8 frames, so 4 at 32
         test_stride=4,        # likewise
@@ -53,11 +102,11 @@ RECIPES = {
         lr=1.2e-3,            # AIM's: 3e-4 at 64 clips
         epochs=30,            # AIM's
         erasing=0,            # code
-        views=(3, 1),         # code
+        views="3x1",         # code
     ),
     "ssv2": dict(
-        frames=48,            # costs
-        pre_attention_adapter=True,  # costs
+        frames=48,            # inferred
+        pre_attention_adapter=True,  # inferred
         sampling="uniform",   # AIM's, ST-Adapter's; code: dense, stride 1 2 4 8
         batch=88,             # command: 2 x 43
         lr=5e-4,              # command; 3.5e-4 in another
@@ -66,7 +115,7 @@ RECIPES = {
         flip=False,           # code: labels name left and right
         aim_scale=1,          # AIM's
         aim_temporal_adapters=2,  # AIM's for ViT-B/16; 1 for ViT-L/14
-        views=(1, 3),         # code
+        views="1x3",         # code
     ),
     "hmdb51": dict(
         split=1,              # the first of three
@@ -78,7 +127,7 @@ RECIPES = {
         lr=3e-2,              # command
         epochs=50,            # command
         erasing=0.5,          # code
-        views=(3, 1),         # code
+        views="3x1",         # code
     ),
     "diving48": dict(
         frames=16,            # code
@@ -87,7 +136,7 @@ RECIPES = {
         lr=7e-4,              # command
         epochs=50,            # command
         erasing=0.1,          # code
-        views=(3, 1),         # code
+        views="3x1",         # code
     ),
     # Own videos: the options' own defaults. Base lr and epochs are within what AIM and ST-Adapter
     # used on Kinetics; one frame from each segment (uniform) suits videos of any length.
@@ -110,101 +159,156 @@ RECIPES = {
         lr=0.04,
         epochs=7,
         warmup=1,
-        views=(1, 1),
+        views="1x1",
     ),
 }
 # fmt: on
 
 
-def parse(argv):
-    return training_options(argv, METHODS, RECIPES)
+def parse(argv=None):
+    """The command line → all options: what is given, else the data set's recipe, else a default."""
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--data", choices=RECIPES, default="demo")
+    recipe = RECIPES[chooser.parse_known_args(argv)[0].data]
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        usage="python train.py [--data NAME] [options]    (defaults in brackets; with --data NAME"
+        " --help, that recipe's)",
+    )
+    options.add_options(parser, MODEL_OPTIONS | OPTIONS)
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
+    for name in MODEL_OPTIONS.keys() - options_of(args.method):
+        if getattr(args, name) == parser.get_default(name):  # a recipe's value for other methods
+            setattr(args, name, MODEL_OPTIONS[name][0])
+    try:
+        check_options(args)
+    except UserError as error:
+        parser.error(error)
+    if args.pretrained == "none":
+        args.pretrained = None
+    args.stride = tuple(args.stride)
+    args.root = args.root or os.path.join("data", args.data)
+    args.out = args.out or os.path.join("runs", run_name(args))
+    check_sense(parser, args)
+    return args
+
+
+def run_name(args):
+    split = f"split{args.split}" if args.split else None
+    paths = args.paths if args.paths != "both" else None
+    parts = [args.data, split, args.method, paths, f"s{args.seed}"]
+    return "-".join(filter(None, parts))
+
+
+def check_sense(parser, args):
+    """Refuse options that would be without effect, or not what is printed."""
+    if args.resume and args.overwrite:
+        parser.error("--resume continues the run that --overwrite deletes: give one of them")
+    given = any(
+        getattr(args, name) != parser.get_default(name) for name in ("stride", "test_stride")
+    )
+    if args.sampling == "uniform" and given:
+        parser.error("strides are for --sampling dense; uniform takes one frame from each segment")
+    if args.warmup > args.epochs:
+        parser.error(
+            f"--warmup {args.warmup:g} is longer than --epochs {args.epochs}, so that the learning"
+            f" rate is never reached: take --warmup {args.epochs / 10:g}"
+        )
 
 
 def main(argv=None):
     args = parse(argv)
-    with processes("train.py", args.device) as (rank, world_size, device):
-        train(args, rank, world_size, device)
+    with processes("train.py", args.device) as device:
+        train(args, device)
 
 
-def train(args, rank, world_size, device):
+def train(args, device):
     # ---- data, model, optimiser
-    # In turn: the first process may have to download or draw what the others then find.
-    dtype, videos, model, resumed = in_turn(lambda: set_up(args, world_size, device))
+    dtype = autocast_type(args.amp, device)
+    # Rank zero first: it may have to download or draw what the others then find.
+    resumed = rank_zero_first(lambda: find_run(args.out, args.resume, args.overwrite))
+    videos = rank_zero_first(lambda: find_data(args))
     train_samples, val_samples = videos.train[: args.limit], videos.val[: args.limit]
-    size = model.visual.image_size[0]
-    clips = TrainingClips(
-        train_samples,
-        args.frames,
-        size,
-        args.sampling,
-        args.stride,
-        args.augment,
-        args.seed,
-        flip=args.flip,
-        erasing=args.erasing,
-        crop_area=args.crop_area,
-    )
-    # One central view of each video; evaluate.py takes all of args.views.
-    test_views = VideoViews(val_samples, args.frames, size, args.sampling, args.test_stride)
-    steps_per_epoch = len(clips) // args.batch
-    micro_batch = min(args.micro_batch or args.batch, args.batch // world_size)
-    lr = args.lr * args.batch / 256
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=lr, fused=True)
-    factor = warmup_then_cosine(args.warmup * steps_per_epoch, args.epochs * steps_per_epoch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    net = model  # or DDP around it
-    if world_size > 1:
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        net.broadcast_buffers = False  # they are constants (its argument's name depends on torch)
-
     settings = vars(args) | {
         "classes": videos.classes,
         "train_digest": digest(train_samples),
         "val_videos": len(videos.val),
         "val_digest": digest(videos.val),
     }
+    model = rank_zero_first(lambda: new_model(args, settings, resumed))
+    prepare(model.to(device), dtype, args.compile, args.checkpoint_activations)
+    size = model.visual.image_size[0]
+    drawn = (args.sampling, args.stride, args.augment, args.seed)
+    of_transform = {"flip": args.flip, "erasing": args.erasing, "crop_area": args.crop_area}
+    clips = TrainingClips(train_samples, args.frames, size, *drawn, **of_transform)
+    # One central view of each video; evaluate.py takes all of args.views.
+    test_views = VideoViews(val_samples, args.frames, size, args.sampling, args.test_stride)
+    steps_per_epoch = len(clips) // args.batch
+    micro_batch = min(args.micro_batch or args.batch, args.batch // world_size())
+    lr = args.lr * args.batch / 256
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=lr, fused=True)
+    warmup, total = args.warmup * steps_per_epoch, args.epochs * steps_per_epoch
+    factor = partial(warmup_then_cosine, warmup=warmup, total=total)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    net = model  # or DDP around it
+    if world_size() > 1:
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False  # they are constants (its argument's name depends on torch)
+
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    run = Run(args.out, args.save_every, settings, train_samples, model, states, resumed)
-    describe(args, videos, model, clips, test_views, lr, world_size, device, dtype)
-    run.start()
+
+    def checkpoint():
+        """What last.pt holds; best.pt has all but the training."""
+        return {
+            "format": 1,
+            "model": dataclasses.asdict(model.config),
+            "weights": saved_weights(model),
+            "fingerprint": model.fingerprint,
+            "normalisation": model.visual.normalisation,
+            "run": settings,
+            "training": {name: getattr(run, name) for name in COUNTERS}
+            | {name: part.state_dict() for name, part in states.items()},
+            "versions": {"torch": str(torch.__version__), "open_clip": open_clip.__version__},
+        }
+
+    run = Run(args.out, args.save_every, len(clips), checkpoint)
+    describe(args, videos, model, clips, test_views, lr, device, dtype)
+    if resumed:
+        for name, part in states.items():
+            part.load_state_dict(resumed["training"][name])
+        run.restore(resumed["training"])
+    run.start(settings["train_digest"])
 
     # ---- the loop
     for epoch in range(run.epoch, args.epochs):
-        order = batches(len(clips), epoch, args.batch, args.seed, rank, world_size)
+        first_step, start = run.step, time.perf_counter()
+        indices = batches(len(clips), epoch, args.batch, args.seed, rank(), world_size())
         loader = DataLoader(
             clips,
-            batch_sampler=order[run.step :],
+            batch_sampler=indices[run.step :],
             num_workers=args.workers,
             pin_memory=device.type == "cuda",
             collate_fn=collate,
             worker_init_fn=leave_signals_to_the_parent,
         )
-        bar = tqdm(
-            loader,
-            f"epoch {epoch + 1}/{args.epochs}",
-            steps_per_epoch,
-            initial=run.step,
-            disable=rank > 0,
-            unit="clip",
-            unit_scale=args.batch,
-            **BAR,
-        )
+        title, unit = f"epoch {epoch + 1}/{args.epochs}", {"unit": "clip", "unit_scale": args.batch}
+        bar = progress_bar(loader, title, steps_per_epoch, initial=run.step, **unit)
         net.train()
-        run.begin_epoch(order)
-        with run.signals_deferred():
+        with on_signals(run.signals.append):  # before_step answers them
             for video, label, unreadable in bar:
-                if run.must_stop(unreadable, no_clips=video is None):  # all processes agree
-                    break
-                seed = hash((args.seed, epoch * steps_per_epoch + run.step, rank))
-                torch.manual_seed(seed)  # for dropout; Python salts the hashes of strings alone
+                run.before_step(unreadable)
+                seed = hash((args.seed, epoch * steps_per_epoch + run.step, rank()))
+                torch.manual_seed(seed)  # for dropout; Python salts the hashes of strings only
                 step_loss = torch.zeros((), device=device)
                 parts = list(zip(video.split(micro_batch), label.split(micro_batch)))
                 for i, (video_part, label_part) in enumerate(parts):
                     video_part = video_part.to(device, non_blocking=True)  # (b, T, 3, S, S) uint8
                     label_part = label_part.to(device, non_blocking=True)
-                    # Processes exchange gradients once a step, in its last part.
-                    more_to_come = world_size > 1 and i < len(parts) - 1
+                    # Processes exchange gradients once a step, in its last part; which backward
+                    # does so, DDP decides in the forward before it.
+                    more_to_come = world_size() > 1 and i < len(parts) - 1
                     sync = net.no_sync() if more_to_come else contextlib.nullcontext()
                     with sync, torch.autocast(device.type, dtype, enabled=dtype is not None):
                         logits = net(video_part).float()  # (b, classes)
@@ -218,125 +322,135 @@ def train(args, rank, world_size, device):
                 scaler.update()
                 scheduler.step()
                 optimizer.zero_grad()
-                run.count_step(step_loss)
-                bar.set_postfix_str(run.progress(), refresh=False)
-            run.save()  # before the validation, in which the run may be cut off
-        run.exit_if_stopped()
+                run.after_step(step_loss)
+                if not math.isnan(run.mean_loss):  # it is known every 20 steps
+                    bar.set_postfix_str(f"loss {run.mean_loss:.3f}", refresh=False)
+            run.save()  # the run may be cut off in the validation
+            run.before_step([])  # answers a signal that came in the last step
+        trained = time.perf_counter()
         predictions = predict(
             model, test_views, device, dtype, micro_batch, args.workers, "validating"
         )
-        run.log_failures([p.error for p in predictions if p.error])
-        run.end_epoch(summarise(predictions), args.batch)
-    run.finish()
+        scores = summarise(predictions)
+        line = {
+            "epoch": epoch + 1,
+            "lr": lr * factor(scheduler.last_epoch - 1),  # the last step's
+            "train_loss": run.loss_sum / run.step,
+            "val_top1": scores["top1"],
+            "val_top5": scores["top5"],
+            "clips_per_second": round((run.step - first_step) * args.batch / (trained - start), 2),
+            "seconds": round(time.perf_counter() - start, 2),
+            "failed": len(run.failed),
+            "val_failed": scores["failed"],
+        }
+        run.end_epoch(line, [p.error for p in predictions if p.error])
+        say(epoch_line(line, len(videos.classes)))
+    best = f"python evaluate.py {args.out}/best.pt"
+    say(f"best top-1 {100 * run.best:.2f} %; evaluate it with: {best}")
 
 
-def set_up(args, world_size, device):
-    """→ compute type, videos, model on the device, the checkpoint to continue from or None."""
-    dtype = autocast_type(args.amp, device)
-    resumed = find_checkpoint(args, defaults=vars(parse(["--data", args.data])))
+def find_data(args):
+    """The videos, in numbers that --batch divides among the processes; UserError."""
     videos = find_videos(args.data, args.root, args.split)  # draws the demo at the first use
     available = len(videos.train[: args.limit])
-    if args.batch > available or args.batch % world_size:
+    most = available // world_size() * world_size()
+    nearest = min(-(-args.batch // world_size()) * world_size(), most)
+    if args.batch != nearest:
         raise UserError(
-            f"--batch {args.batch} must be a multiple of the number of processes, {world_size},"
-            f" and at most that of the training clips, {available}"
+            f"--batch {args.batch} does not fit {available} training clips on {world_size()}"
+            f" processes: take --batch {nearest}, or a smaller one"
         )
-    torch.manual_seed(args.seed)
-    model = build_model(
-        args.method,
-        len(videos.classes),
-        args.backbone,
-        args.pretrained,
-        num_frames=args.frames,
-        spatial_frames=args.spatial_frames,
-        image_size=args.size,
-        bottleneck=args.bottleneck,
-        dropout=args.dropout,
-        pre_attention_adapter=args.pre_attention_adapter,
-        serial_skip=args.serial_skip,
-        paths=args.paths,
-        position_scale=args.position_scale,
-        before=args.before,
-        aim_scale=args.aim_scale,
-        aim_temporal_adapters=args.aim_temporal_adapters,
-    )
+    return videos
+
+
+def new_model(args, settings, resumed):
+    """The model to train, with the weights of --resume or --init, if any; UserError."""
     if resumed:
-        if resumed["run"]["classes"] != videos.classes:
-            raise UserError(
-                f"{args.root} has other classes than the run in {args.out} that it should continue"
-            )
-        if resumed["run"]["train_digest"] != digest(videos.train[: args.limit]):
-            raise UserError(
-                f"{args.root} has other training videos than the run in {args.out} that it should"
-                " continue"
-            )
+        rows = OPTIONS | {k: v for k, v in MODEL_OPTIONS.items() if k in options_of(args.method)}
+        check_continues(resumed["run"], settings, {name: row[0] for name, row in rows.items()})
+    torch.manual_seed(args.seed)
+    chosen = {name: getattr(args, name) for name in MODEL_OPTIONS}
+    model = build_model(Config(len(settings["classes"]), **chosen))
+    check_rebuilds(model)
+    if resumed:
         load_weights(model, resumed, args.out)
     elif args.init:
         load_weights(model, read_checkpoint(args.init), args.init, head=False)
-    prepare(model.to(device), dtype, args.compile, args.checkpoint_activations)
-    return dtype, videos, model, resumed
+    return model
 
 
 def parameter_groups(model, weight_decay):
     """Weight decay for matrices; none for biases, norms, tokens and position embeddings."""
-    matrices, others = [], []
+    decay, no_decay = [], []
     for name, p in model.named_parameters():
-        spared = name.endswith(("embedding", "bias_table", "latent"))  # the last two: Swin, SigLIP
-        if p.requires_grad and p.ndim > 1 and not spared:
-            matrices.append(p)
+        # The last two are Swin's and SigLIP's.
+        is_token = name.endswith(("embedding", "bias_table", "latent"))
+        if p.requires_grad and p.ndim > 1 and not is_token:
+            decay.append(p)
         elif p.requires_grad:
-            others.append(p)
+            no_decay.append(p)
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
     ]
 
 
-def warmup_then_cosine(warmup, total):
+def warmup_then_cosine(step, warmup, total):
     """The learning rate's factor at a step: a linear rise, then half a cosine down to zero."""
-
-    def factor(step):
-        if step < warmup:
-            return min(1, (step + 1) / warmup)
-        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, total - warmup))
-
-    return factor
+    if step < warmup:
+        return min(1, (step + 1) / warmup)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, total - warmup))
 
 
 def batches(num_clips, epoch, global_batch, seed=0, rank=0, world_size=1):
     """This process's part of each batch of an epoch: lists of (epoch, index).
 
-    Their order depends on (seed, epoch) alone and is cut into global batches first, so that any
+    Their order depends only on (seed, epoch) and is cut into global batches first, so that any
     number of processes trains on the same ones.
     """
     permutation = np.random.default_rng([seed, epoch]).permutation(num_clips)
-    whole = permutation[: num_clips // global_batch * global_batch].reshape(-1, global_batch)
-    shares = [np.array_split(batch, world_size)[rank] for batch in whole]
+    complete = num_clips // global_batch * global_batch
+    steps = permutation[:complete].reshape(-1, global_batch)
+    shares = [np.array_split(batch, world_size)[rank] for batch in steps]
     return [[(epoch, int(i)) for i in share] for share in shares]
 
 
-def describe(args, videos, model, clips, test_views, lr, world_size, device, dtype):
-    """What is about to be trained, on the terminal."""
+# ---------------------------------------------------------------- on the terminal
+def describe(args, videos, model, clips, test_views, lr, device, dtype):
+    """What is about to be trained."""
     tuned, everything = count_parameters(model)
     missing = f"; {len(videos.missing)} listed videos are missing" if videos.missing else ""
-    traffic = f"; a step exchanges {4e-6 * tuned:.1f} MB of gradients" if world_size > 1 else ""
+    exchanged = f"; a step exchanges {4e-6 * tuned:.1f} MB of gradients"
     precision = str(dtype or torch.float32).removeprefix("torch.")
     say(
-        f"data      {args.data}: {len(clips)} training and {len(test_views)} validation videos,"
-        f" {len(videos.classes)} classes{missing}"
+        f"data      {args.data}, {videos.found}: {len(clips)} training and {len(test_views)}"
+        f" validation videos, {len(videos.classes)} classes{missing}"
     )
     say(
         f"model     {args.method} around {args.backbone}: {tuned / 1e6:.2f} M of"
-        f" {everything / 1e6:.2f} M weights are trained{traffic}"
+        f" {everything / 1e6:.2f} M weights are trained{exchanged if world_size() > 1 else ''}"
     )
     say(
         f"clips     {args.frames} frames of {model.visual.image_size[0]} px, {args.sampling};"
         f" the cost of {model.images_per_clip} images"
     )
     say(
-        f"training  {args.epochs} epochs of {len(clips) // args.batch} steps of {args.batch} clips,"
-        f" on {world_size} x {device.type}, {precision}; learning rate"
+        f"training  {args.epochs} x {len(clips) // args.batch} steps of {args.batch} clips, on"
+        f" {world_size()} x {device.type}, {precision}; learning rate"
         f" {args.lr:g} x {args.batch}/256 = {lr:g}"
+    )
+
+
+def epoch_line(line, num_classes):
+    """An epoch's line of the log, for people; of five classes or fewer, top-5 says nothing."""
+    top5 = f"   top-5 {100 * line['val_top5']:.2f} %" if num_classes > 5 else ""
+    unreadable = ""
+    if line["failed"] or line["val_failed"]:
+        unreadable = f"   {line['failed']} + {line['val_failed']} unreadable, see failed.txt"
+    return (
+        f"epoch {line['epoch']:3d}   loss {line['train_loss']:.3f}"
+        f"   top-1 {100 * line['val_top1']:.2f} %{top5}"
+        f"   {line['clips_per_second']:.1f} clips/s   {line['seconds']:.0f} s{unreadable}"
     )
 
 

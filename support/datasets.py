@@ -1,14 +1,16 @@
-"""Data sets as they are downloaded: where their videos and annotations lie, as lists of videos.
+"""Data sets in the layouts in which people have them, as lists of videos.
 
-A layout is a function of the root folder that returns Videos; `find_videos` checks what it found.
+LAYOUTS is a small table: the names under which a data set's lists and videos may be found.
 """
 
 import csv
+import glob
 import hashlib
 import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,7 +18,11 @@ from support.demo import draw_data
 from support.processes import UserError
 
 SPLITS = ("train", "val")
+PARTS = (*SPLITS, "classes")
 VIDEO_SUFFIXES = ".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .flv .wmv .3gp .ts".split()
+LIST_FOLDERS = ("", "annotations", "labels", "testTrainMulti_7030_splits")
+PATH_AND_LABEL = re.compile(r'("?)(.+?)\1(?:\s*,\s*|\s+)(\d{1,9})')
+HMDB51_LISTS = "*_test_split{number}.txt"  # a list a class
 
 
 class Videos(NamedTuple):
@@ -26,190 +32,22 @@ class Videos(NamedTuple):
     val: list
     classes: list  # the labels' names
     missing: list  # (split, path) of listed files that are not there
+    found: str  # the lists and folders that these come from, for the first line of a run
 
 
-class Row(NamedTuple):
-    """A listed video."""
-
-    path: str
-    label: object  # the class's name or number
-    there: bool
-
-
-# ---------------------------------------------------------------- your own videos
-
-
+# ---------------------------------------------------------------- a folder a class
 def folder_data(root):
     """ROOT/train/CLASS/*.mp4 and ROOT/val/CLASS/*.mp4; the classes are train's folders, sorted."""
-    rows, names = {}, {}
+    names, rows = {}, {}
     for split in SPLITS:
-        folders = os.scandir(existing(root, split))
-        names[split] = sorted(f.name for f in folders if f.is_dir() and f.name[0] != ".")
-        rows[split] = [
-            Row(path, name, True)
-            for name in names[split]
-            for path in video_files(f"{root}/{split}/{name}")
-        ]
-    return assemble(root, names["train"], rows)
-
-
-def list_data(root):
-    """ROOT/train.txt and ROOT/val.txt, a line a video: `path label` or `path,label`.
-
-    Paths are relative to ROOT, in double quotes or not; labels count from 0 without gaps.
-    ROOT/classes.txt, if it is there, names the classes, a line each.
-    """
-    rows = {split: read_list(root, f"{split}.txt") for split in SPLITS}
-    classes = [str(i) for i in range(len({row.label for row in rows["train"]}))]
-    if os.path.exists(f"{root}/classes.txt"):
-        with annotations(root, "classes.txt") as file:
-            classes = [name.strip() for name in file.read().rstrip().split("\n")]
-    return assemble(root, classes, rows)
-
-
-def read_list(root, name):
-    rows, path = [], existing(root, name)
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # names may be bytes
-        for number, line in enumerate(file, 1):
-            line = line.strip()
-            if not line:
-                continue
-            match = re.fullmatch(r'("?)(.+?)\1(?:\s*,\s*|\s+)(\d{1,9})', line)
-            if not match:
-                raise UserError(
-                    f"{path}, line {number}: {line!r} is not `path label` or `path,label`, label a"
-                    " number"
-                )
-            video = os.path.join(root, match[2])
-            rows.append(Row(video, int(match[3]), os.path.isfile(video)))
-    return rows
-
-
-# ---------------------------------------------------------------- the benchmarks
-
-
-def kinetics_data(root):
-    """train.csv, val.csv: label,youtube_id,time_start,time_end,split.
-
-    train/, val/: CLASS/ID_000001_000011.mp4, or flat.
-    """
-    rows = {}
-    for split in SPLITS:
-        listed = []
-        with annotations(root, f"{split}.csv", f"annotations/{split}.csv") as file:
-            for row in csv.DictReader(file):
-                start, end = int(float(row["time_start"])), int(float(row["time_end"]))
-                name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-                listed.append((split, name, row["label"]))
-        rows[split] = locate(root, listed)
-    return assemble(root, sorted({row.label for row in rows["train"]}), rows)
-
-
-def something_data(root):
-    """something-something-v2-{train,validation,labels}.json, or labels/{…}.json.
-
-    20bn-something-something-v2/ID.webm.
-    """
-
-    def path(name):
-        return f"something-something-v2-{name}.json", f"labels/{name}.json"
-
-    rows = {}
-    with annotations(root, *path("labels")) as file:
-        numbers = {label: int(number) for label, number in json.load(file).items()}
-    for split, name in zip(SPLITS, ("train", "validation")):
-        listed = []
-        with annotations(root, *path(name)) as file:
-            for clip in json.load(file):
-                # A template reads "Putting [something] on [something]"; its label has no brackets.
-                label = clip["template"].replace("[", "").replace("]", "")
-                listed.append(("20bn-something-something-v2", str(clip["id"]), label))
-        rows[split] = locate(root, listed)
-    return assemble(root, sorted(numbers, key=numbers.get), rows)
-
-
-def hmdb51_data(root, split=1):
-    """CLASS_test_split{1,2,3}.txt: lines of `video.avi use`; use 1 is train, 2 test, 0 neither.
-
-    They lie in ROOT or its folder testTrainMulti_7030_splits; CLASS/*.avi lie in ROOT,
-    hmdb51_org or videos.
-    """
-    ending, folder = f"_test_split{split}.txt", f"{root}/testTrainMulti_7030_splits"
-    if not os.path.isdir(folder):
-        folder = root
-    names = [name for name in os.listdir(folder) if name.endswith(ending) and name[0] != "."]
-    classes = sorted(name.removesuffix(ending) for name in names)
-    if not classes:
-        raise UserError(f"{folder} has no file CLASS{ending}; --data hmdb51 needs one a class")
-    place = ""
-    for candidate in ("videos/", "hmdb51_org/"):  # the latter, if both are there
-        if any(os.path.isdir(f"{root}/{candidate}{name}") for name in classes):
-            place = candidate
-    listed = {1: [], 2: [], 0: []}
-    for name in classes:
-        with annotations(folder, name + ending) as file:
-            for line in filter(str.strip, file):
-                video, use = line.split()
-                listed[int(use)].append((place + name, os.path.splitext(video)[0], name))
-    rows = {"train": locate(root, listed[1]), "val": locate(root, listed[2])}
-    return assemble(root, classes, rows)
-
-
-def diving48_data(root):
-    """Diving48_V2_{train,test}.json, Diving48_vocab.json; rgb/ID.mp4."""
-
-    def path(name):
-        return f"Diving48_{name}.json", f"annotations/Diving48_{name}.json"
-
-    with annotations(root, *path("vocab")) as file:
-        classes = [" ".join(words) for words in json.load(file)]
-    rows = {}
-    for split, name in zip(SPLITS, ("V2_train", "V2_test")):
-        with annotations(root, *path(name)) as file:
-            clips = json.load(file)
-            listed = [("rgb", str(clip["vid_name"]), int(clip["label"])) for clip in clips]
-        rows[split] = locate(root, listed)
-    return assemble(root, classes, rows)
-
-
-def demo_data(root):
-    """Drawn at the first use; then a folder a class."""
-    draw_data(root, (1536, 256))
-    return folder_data(root)
-
-
-SOURCES = {
-    "k400": kinetics_data,
-    "ssv2": something_data,
-    "hmdb51": hmdb51_data,
-    "diving48": diving48_data,
-    "folder": folder_data,
-    "list": list_data,
-    "demo": demo_data,
-}
-
-# ---------------------------------------------------------------- what the layouts share
-
-
-@contextmanager
-def annotations(root, *names):
-    """The first of these files that is there, open; what is wrong inside becomes a UserError."""
-    path = existing(root, *names)
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            yield file
-    except Exception as error:  # text, numbers, CSV and JSON each fail in their own ways
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is not as docs/data.md has it ({reason})") from error
-
-
-def existing(root, *names):
-    """The path of the first of these that is in ROOT."""
-    paths = [f"{root}/{name}" for name in names]
-    for path in paths:
-        if os.path.exists(path):
-            return path
-    raise UserError(", nor is ".join([f"{paths[0]} is not there", *paths[1:]]))
+        place = f"{root}/{split}"
+        if not os.path.isdir(place):
+            raise UserError(f"{place} is not there (if you have lists, take --data list)")
+        names[split] = sorted(f.name for f in os.scandir(place) if f.is_dir() and f.name[0] != ".")
+        rows[split] = []
+        for name in names[split]:
+            rows[split] += [(name, path, True) for path in video_files(f"{place}/{name}")]
+    return assemble(root, names["train"], rows, "train/CLASS, val/CLASS")
 
 
 def video_files(folder):
@@ -217,8 +55,6 @@ def video_files(folder):
 
     Dead links, and names that begin with a dot, are left out: other programs leave them behind.
     """
-    if not os.path.isdir(folder):
-        return []
     files = []
     for entry in os.scandir(folder):
         if entry.name[0] == ".":
@@ -230,47 +66,258 @@ def video_files(folder):
     return sorted(files)
 
 
-def locate(root, listed):
-    """(folder, video without suffix, class) → rows, with the suffixes that the disk has.
+# ---------------------------------------------------------------- what is in a list
+# A reader yields (label, names of which the file has one, its folder within that of the videos).
 
+
+def read_path_list(file, path, split):
+    """Lines of `path label` or `path,label`, the path in double quotes or not."""
+    for number, line in enumerate(map(str.strip, file), 1):
+        match = PATH_AND_LABEL.fullmatch(line)
+        if match:
+            folder, name = os.path.split(match[2])
+            yield int(match[3]), (name,), folder
+        elif line:
+            raise UserError(f"{path}, line {number}: {line!r} is not `path label` or `path,label`")
+
+
+def read_kinetics(file, path, split):
+    """A CSV; the videos are called ID_000001_000011.mp4, or by the id alone."""
+    table = csv.DictReader(file)
+    columns = table.fieldnames or []
+    for name in ("label", "youtube_id", "time_start", "time_end"):
+        if name not in columns:
+            raise UserError(f"{path} has no column {name}; it has {', '.join(columns)}")
+    for row in table:
+        start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+        video = row["youtube_id"]
+        yield row["label"], (f"{video}_{start:06d}_{end:06d}", video), ""
+
+
+def read_something(file, path, split):
+    for clip in json.load(file):
+        # A template reads "Putting [something] on [something]"; its label has no brackets.
+        label = clip["template"].replace("[", "").replace("]", "")
+        yield label, (str(clip["id"]),), ""
+
+
+def read_hmdb51(file, path, split):
+    """Lines of `video.avi use`; use 1 is train, 2 test, 0 neither."""
+    label = os.path.basename(path).rpartition("_test_split")[0]
+    for line in filter(str.strip, file):
+        video, use = line.split()
+        if int(use) == (1 if split == "train" else 2):
+            yield label, (os.path.splitext(video)[0],), label
+
+
+def read_diving48(file, path, split):
+    for clip in json.load(file):
+        yield int(clip["label"]), (str(clip["vid_name"]),), ""
+
+
+@contextmanager
+def opened(path):
+    """The text of a list; what is wrong inside becomes a UserError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            yield file
+    except UserError:
+        raise
+    except UnicodeError:
+        raise UserError(f"{path} is not UTF-8 text (is it UTF-16?): save it as UTF-8") from None
+    except Exception as error:  # numbers, CSV and JSON each fail in their own ways
+        kind = type(error).__name__
+        raise UserError(f"{path} is not as docs/data.md has it ({kind}: {error})") from error
+
+
+def name_classes(files, rows):
+    """From the file that names them, or else from the training list."""
+    classes = read_classes(*files["classes"]) if files["classes"] else []
+    labels = sorted({label for label, _, _ in rows["train"]})
+    if not labels or isinstance(labels[0], str):
+        return classes or labels
+    if labels[0] != 0:
+        problem = f"the smallest here is {labels[0]}"
+        raise UserError(f"{files['train'][0]}: labels must count from 0; {problem}")
+    if not classes and labels[-1] != len(labels) - 1:
+        gap = min(set(range(len(labels))) - set(labels))
+        raise UserError(f"{files['train'][0]}: labels must count from 0; {gap} is missing")
+    return classes or [str(label) for label in labels]
+
+
+def read_classes(path):
+    """A name a line; Something-Something's {name: number}; Diving-48's [[word, …], …]."""
+    with opened(path) as file:
+        if path.endswith(".txt"):
+            return [name.strip() for name in file.read().rstrip().split("\n")]
+        content = json.load(file)
+        if isinstance(content, dict):
+            return sorted(content, key=lambda name: int(content[name]))
+        return [" ".join(words) for words in content]
+
+
+class Layout(NamedTuple):
+    """How to read a list, and the names under which people have the files of a data set.
+
+    * is any text, {split} train or val, {number} that of HMDB51's split.
+    """
+
+    read_list: Callable
+    train: tuple  # names of the list, in any of LIST_FOLDERS
+    val: tuple
+    folders: tuple  # of the videos
+    classes: tuple = ()
+
+
+OPENMMLAB = ("*_{split}_list_videos.txt", "*_{split}_split_{number}_videos.txt")
+LAYOUTS = {
+    "k400": Layout(
+        read_kinetics,
+        train=("train.csv", "kinetics-400_train.csv", "kinetics_train.csv"),
+        val=("val.csv", "validate.csv", "kinetics-400_val.csv", "kinetics_val.csv"),
+        folders=("{split}", "{split}_256", "videos_{split}", "videos/{split}", "videos"),
+    ),
+    "ssv2": Layout(
+        read_something,
+        train=("something-something-v2-train.json", "train.json"),
+        val=("something-something-v2-validation.json", "validation.json"),
+        classes=("something-something-v2-labels.json", "labels.json"),
+        folders=("20bn-something-something-v2", "videos"),
+    ),
+    "hmdb51": Layout(
+        read_hmdb51, (HMDB51_LISTS,), (HMDB51_LISTS,), folders=("hmdb51_org", "videos", "")
+    ),
+    "diving48": Layout(
+        read_diving48,
+        train=("Diving48_V2_train.json",),
+        val=("Diving48_V2_test.json",),
+        classes=("Diving48_vocab.json",),
+        folders=("rgb", "videos"),
+    ),
+    "list": Layout(  # also what all the others fall back on
+        read_path_list,
+        train=("train.txt", "train.csv", *OPENMMLAB),
+        val=("val.txt", "val.csv", "validate.csv", *OPENMMLAB),
+        classes=("classes.txt", "*labels.json", "Diving48_vocab.json"),
+        folders=("", "videos", "videos_{split}", "videos/{split}", "{split}", "{split}_256"),
+    ),
+}
+SOURCES = (*LAYOUTS, "folder", "demo")
+
+
+# ---------------------------------------------------------------- finding lists and videos
+def listed_data(name, root, number):
+    """The videos in the data set's own lists, or else in lists of paths and labels."""
+    layout = LAYOUTS[name]
+    files = {part: find_list(root, layout, part, number) for part in PARTS}
+    if is_path_list(files["train"]) or not (files["train"] or files["val"]):
+        layout = LAYOUTS["list"]
+        files = {part: find_list(root, layout, part, number) for part in PARTS}
+    of_paths = layout is LAYOUTS["list"]
+    for part in SPLITS if of_paths or not layout.classes else PARTS:
+        if not files[part]:
+            names = dict.fromkeys(getattr(LAYOUTS[name], part) + getattr(layout, part))
+            names = ", ".join(names).format(split=part, number=number)
+            places = ", ".join(os.path.join(root, folder) for folder in LIST_FOLDERS)
+            raise UserError(f"there is no {part} list: looked for {names} in {places}")
+    if number > 1 and of_paths and f"split_{number}" not in files["train"][0]:
+        raise UserError(f"--split {number} is not that of the list {files['train'][0]}")
+    rows, found = {}, []
+    for split in SPLITS:
+        listed = []
+        for path in files[split]:
+            with opened(path) as file:
+                listed += layout.read_list(file, path, split)
+        folders = [folder.format(split=split) for folder in layout.folders]
+        rows[split], folder = locate(root, folders, listed, exact=of_paths)
+        found.append(f"{os.path.relpath(files[split][0], root)}, videos in {folder}")
+    return assemble(root, name_classes(files, rows), rows, "; ".join(found))
+
+
+def find_list(root, layout, part, number):
+    """The one list of a part, of HMDB51 one a class; [] if there is none."""
+    candidates = []
+    for folder in LIST_FOLDERS:
+        for name in getattr(layout, part):
+            pattern = os.path.join(folder, name.format(split=part, number=number))
+            paths = sorted(glob.glob(pattern, root_dir=root))
+            is_group = paths and name == HMDB51_LISTS
+            candidates += [paths] if is_group else [[path] for path in paths]
+    refuse_two(root, [paths[0] for paths in candidates])
+    return [os.path.join(root, path) for paths in candidates for path in paths]
+
+
+def is_path_list(paths):
+    """Is this CSV one of paths and labels? Kinetics' own are called train.csv and val.csv, too."""
+    if not paths or not paths[0].endswith(".csv"):
+        return False
+    with opened(paths[0]) as file:
+        return bool(PATH_AND_LABEL.fullmatch(file.readline().strip()))
+
+
+def locate(root, folders, rows, exact):
+    """Rows → (label, path, is it there) triples, and the folder that the videos are in.
+
+    exact: names are those of files; else they lack the suffix, and the videos may lie deeper.
     Each folder is listed once: to ask a network disk for 240,000 names would take minutes.
     """
-    paths = {}
-    for folder in {folder for folder, *_ in listed}:
-        found = video_files(f"{root}/{folder}")
-        paths[folder] = {os.path.splitext(os.path.basename(path))[0]: path for path in found}
-    rows = []
-    for folder, video, label in listed:
-        path = paths[folder].get(video)
-        rows.append(Row(path or f"{root}/{folder}/{video}.*", label, path is not None))
-    return rows
+    places, fits = {place for _, _, place in rows}, {}
+    if any(map(os.path.isabs, places)):
+        folders = folders[:1]  # which makes no difference to absolute paths
+    for folder in folders:
+        is_parent = any(other.startswith(f"{folder}/") for other in fits)
+        if is_parent or not os.path.isdir(os.path.join(root, folder)):
+            continue
+        files = {place: list_folder(os.path.join(root, folder, place), exact) for place in places}
+        paths = []
+        for _, names, place in rows:
+            paths.append(next((files[place][name] for name in names if name in files[place]), None))
+        if any(paths):
+            fits[folder] = paths
+    refuse_two(root, [f"listed videos in {folder or '.'}" for folder in fits])
+    folder, paths = next(iter(fits.items()), (folders[0], [None] * len(rows)))
+    triples = []
+    for (label, names, place), path in zip(rows, paths):
+        wanted = os.path.join(root, folder, place, names[0])
+        triples.append((label, path or wanted, path is not None))
+    return triples, folder or "."
 
 
-def assemble(root, classes, rows):
-    """Each split's rows → Videos: the first video of each class, then the second of each, …
+def list_folder(folder, exact):
+    """{name: path} of its files; if not exact, {name without suffix: path} of all its videos."""
+    if not os.path.isdir(folder):
+        return {}
+    if exact:
+        return {entry.name: entry.path for entry in os.scandir(folder) if entry.is_file()}
+    return {os.path.splitext(os.path.basename(path))[0]: path for path in video_files(folder)}
+
+
+def refuse_two(root, found):
+    if len(found) > 1:
+        raise UserError(f"{root} has both {found[0]} and {found[1]}: move away the one not meant")
+
+
+def assemble(root, classes, rows, found):
+    """Each split's (label, path, is it there) → Videos: the first of each class, the second, …
 
     In this order --limit sees all classes.
     """
-    if not classes:
-        raise UserError(f"{root} has no training videos, so no classes")
     numbers = {name: i for i, name in enumerate(classes)}
-    found, missing = {}, []
+    videos, missing = {}, []
     for split in SPLITS:
-        found[split], seen = [], Counter()
-        for row in rows[split]:
-            label = numbers.get(row.label, row.label)
+        ordered, seen = [], Counter()
+        for name, path, is_there in rows[split]:
+            label = numbers.get(name, name)
             if label not in range(len(classes)):
-                raise UserError(
-                    f"{root} gives the {split} video {row.path} the class {label!r}, which is none"
-                    f" of its {len(classes)}"
-                )
-            if row.there:
-                found[split].append((seen[label], label, row.path))
+                problem = f"{path} is of the class {label!r}, none of the {len(classes)}"
+                raise UserError(f"{root}: the {split} video {problem}")
+            if is_there:
+                ordered.append((seen[label], label, path))
             else:
-                missing.append((split, row.path))
+                missing.append((split, path))
             seen[label] += 1
-        found[split] = [(path, label) for _, label, path in sorted(found[split])]
-    return Videos(found["train"], found["val"], classes, missing)
+        videos[split] = [(path, label) for _, label, path in sorted(ordered)]
+    return Videos(videos["train"], videos["val"], classes, missing, found)
 
 
 def find_videos(name, root=None, split=None, whole=SPLITS):
@@ -278,9 +325,11 @@ def find_videos(name, root=None, split=None, whole=SPLITS):
     root = root or os.path.join("data", name)
     if split and name != "hmdb51":
         raise UserError(f"--split chooses one of HMDB51's three; {name} has one")
-    if name != "demo" and not os.path.isdir(root):
+    if name == "demo":
+        draw_data(root, (1536, 256))  # at the first use
+    if not os.path.isdir(root):
         raise UserError(f"the data folder {root} is not there; say with --root where it is")
-    videos = SOURCES[name](root, split) if split else SOURCES[name](root)
+    videos = listed_data(name, root, split or 1) if name in LAYOUTS else folder_data(root)
     for part in whole:
         check_complete(name, root, videos, part)
     return videos
@@ -288,23 +337,25 @@ def find_videos(name, root=None, split=None, whole=SPLITS):
 
 def check_complete(name, root, videos, split):
     there = getattr(videos, split)
-    absent = sorted({path for part, path in videos.missing if part == split})
-    listed = len({path for path, _ in there}) + len(absent)
+    absent = [path for part, path in videos.missing if part == split]
+    listed = len(there) + len(absent)
     # Every download of Kinetics lacks some videos; the other data sets come whole.
-    tolerated = listed // 5 if name == "k400" else 0
-    if len(absent) > tolerated:
-        raise UserError(
-            f"{len(absent)} of {listed} {split} videos are not there (python -m tools.check_data"
-            f" lists them), such as {absent[0]}"
-        )
-    classes = videos.classes
-    if not there or len(classes) < 2:
-        have = f"{len(there)} {split} videos and {len(classes)} classes"
+    if len(absent) > (listed // 5 if name == "k400" else 0):
+        problem = f"{len(absent)} of {listed} {split} videos are not there, such as {absent[0]}"
+        raise UserError(f"{problem}; python -m tools.check_data lists them; found {videos.found}")
+    if not there or len(videos.classes) < 2:
+        have = f"{len(there)} {split} videos and {len(videos.classes)} classes"
         raise UserError(f"{root} has {have}; it needs at least 1 video and 2 classes")
-    empty = sorted(set(range(len(classes))) - {label for _, label in there})
-    # Diving48's corrected labels (V2) do not use all of its 48 names.
-    if empty and split == "train" and name != "diving48":
-        raise UserError(f"{root} has no training video of the class {classes[empty[0]]!r}")
+    empty = empty_classes(name, videos, split)
+    if empty and split == "train":
+        raise UserError(f"{root} has no training video of the class {empty[0]!r}")
+
+
+def empty_classes(name, videos, split):
+    """The classes without a video. Diving-48's corrected labels (V2) do not use all 48 names."""
+    labels = {label for _, label in getattr(videos, split)}
+    unused = [c for i, c in enumerate(videos.classes) if i not in labels]
+    return unused if name != "diving48" else []
 
 
 def digest(samples):

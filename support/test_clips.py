@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageOps
 
 import data
 from conftest import random_video
 from support.datasets import find_videos
+from support.processes import UserError
 from support.video import Frames
 
 
-# ---------------------------------------------------------------- data.py
 def dense(available, position, num_frames=4, stride=2):
     return data.clip_frames(available, num_frames, "dense", stride, position).tolist()
 
@@ -33,7 +32,14 @@ def test_uniform_clips_take_one_frame_of_each_segment():
     starts = [uniform(120, (clip + 0.5) / 3)[:2] for clip in range(3)]
     assert starts == [[5, 35], [15, 45], [25, 55]]
     assert uniform(40, np.array([0, 0.99, 0, 1.0])) == [0, 19, 20, 39]
-    assert uniform(4, 0.999) == [0, 1, 2, 3] and uniform(2, 0.5) == [0, 1, 1, 1]
+    assert uniform(4, 0.999) == [0, 1, 2, 3]
+
+
+def test_uniform_clips_spread_short_videos_with_repeats():
+    assert uniform(2, 0.5) == [0, 0, 1, 1] and uniform(1, 0.5) == [0, 0, 0, 0]
+    assert uniform(3, 0.5, 6) == [0, 0, 1, 1, 2, 2]
+    drawn = {tuple(uniform(3, np.random.default_rng(i).random(4))) for i in range(20)}
+    assert len(drawn) > 3  # the random position matters
 
 
 def test_a_training_clip_depends_on_seed_epoch_and_index_alone(micro):
@@ -98,92 +104,30 @@ def test_translation_moves_whole_pixels_and_all_frames_alike():
     assert max(abs(s) for shift in shifts for s in shift) == 4
 
 
-# ---------------------------------------------------------------- data.py: RandAugment
-def lighten(image, amount):
-    table = [value + amount if value < 128 else value for value in range(256)]
-    return image.point(table * 3)
+# ---------------------------------------------------------------- data.py: augmentation
+def test_randaugment_changes_most_clips_and_draws_once_for_all_frames():
+    clip, unchanged, kinds = random_video(1, 1, 40)[0].expand(3, -1, -1, -1), 0, set()
+    for i in range(200):
+        torch.manual_seed(i)
+        out = data.rand_augment(clip)
+        assert out.shape == clip.shape and out.dtype == torch.uint8
+        assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+        unchanged += torch.equal(out, clip)
+        kinds.add(out.sum().item())
+        torch.manual_seed(i)
+        assert torch.equal(data.rand_augment(clip), out)
+    assert 3 <= unchanged <= 25 and len(kinds) > 150  # each of four with probability 1/2: 1/16
 
 
-def affine(image, *matrix):
-    grey = (128,) * 3
-    return image.transform(image.size, Image.AFFINE, matrix, Image.BILINEAR, fillcolor=grey)
+def test_crop_has_no_randaugment_and_erasing_comes_after_it(monkeypatch):
+    monkeypatch.setattr(data, "RAND_AUGMENT", lambda image: image.point(lambda value: 0))
+    bright = torch.full((2, 3, 40, 40), 200, dtype=torch.uint8)
+    assert (data.training_transform("crop", 32)(bright) == 200).all()
+    assert not data.training_transform("rand", 32)(bright).any()
+    out = data.training_transform("rand", 32, erasing=1.0)(bright)
+    assert set(out.flatten().tolist()) == {0, 128}
 
 
-def pil_operations(image, s, d):
-    """What timm's "increasing" RandAugment does by Pillow, in the order of data.OPERATIONS."""
-    factor, shear, shift = max(0.1, 1 + 0.9 * s * d), 0.3 * s * d, round(0.45 * s * d * 48)
-    return [
-        ImageOps.autocontrast(image),
-        ImageOps.equalize(image),
-        ImageOps.invert(image),
-        ImageOps.posterize(image, 4 - int(4 * s)),
-        ImageOps.solarize(image, 256 - int(256 * s)),
-        lighten(image, int(110 * s)),
-        ImageEnhance.Brightness(image).enhance(factor),
-        ImageEnhance.Contrast(image).enhance(factor),
-        ImageEnhance.Color(image).enhance(factor),
-        ImageEnhance.Sharpness(image).enhance(factor),
-        image.rotate(-30 * s * d, Image.BILINEAR, fillcolor=(128,) * 3),
-        affine(image, 1, shear, 0, 0, 1, 0),
-        affine(image, 1, 0, 0, shear, 1, 0),
-        affine(image, 1, 0, -shift, 0, 1, 0),
-        affine(image, 1, 0, 0, 0, 1, -shift),
-    ]
-
-
-@pytest.mark.parametrize("number", range(15))
-def test_randaugments_operations_are_pillows(number):
-    assert len(data.OPERATIONS) == 15
-    y, x = np.mgrid[:48, :48] / 48
-    pictures = []
-    for t in range(3):
-        red, green = 60 + 90 * y + 60 * np.sin(9 * x + t), 30 + 200 * x * y
-        pictures.append(np.stack([red, green, 200 - 150 * x + 9 * t], -1).astype(np.uint8))
-    clip = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    for s, d in ((0.7, 1), (0.7, -1), (0.62, 1)):
-        got = data.OPERATIONS[number](clip, s, d)
-        assert got.dtype == torch.uint8 and got.shape == clip.shape
-        for frame, picture in zip(got, pictures, strict=True):
-            want = pil_operations(Image.fromarray(picture), s, d)[number]
-            off = abs(frame.permute(1, 2, 0).numpy() - np.asarray(want).astype(int))
-            # Rims and roundings differ a little.
-            assert off.mean() < 1.5 and np.median(off) <= 1, (s, d, off.mean())
-
-
-def test_randaugment_draws_four_with_probability_one_half_and_noisy_strength(monkeypatch):
-    calls = []
-
-    def recorder(number):
-        def operation(clip, strength, direction):
-            calls.append((number, strength, direction))
-            return clip
-
-        return operation
-
-    monkeypatch.setattr(data, "OPERATIONS", [recorder(number) for number in range(15)])
-    clip = random_video(1, 2, 8)[0]
-    numbers = []
-    for _ in range(1000):
-        before = len(calls)
-        data.rand_augment(clip)
-        numbers.append(len(calls) - before)
-    assert max(numbers) == 4 and abs(np.mean(numbers) - 2) < 0.15
-    operations, strengths, directions = map(np.array, zip(*calls))
-    assert abs(strengths.mean() - 0.7) < 0.005 and abs(strengths.std() - 0.05) < 0.005
-    assert set(directions) == {-1, 1} and abs(directions.mean()) < 0.1
-    assert (np.bincount(operations, minlength=15) > 80).all()
-
-
-def test_crop_and_rand_differ_by_randaugment(monkeypatch):
-    monkeypatch.setattr(data, "OPERATIONS", [lambda x, s, d: torch.zeros_like(x)])
-    bright, black = torch.full((2, 3, 40, 40), 200, dtype=torch.uint8), {}
-    for augment in ("crop", "rand"):
-        transform = data.training_transform(augment, 32, True)
-        black[augment] = sum(not transform(bright).any() for _ in range(60))
-    assert black["crop"] == 0 and black["rand"] > 45  # 15/16 of them
-
-
-# ---------------------------------------------------------------- data.py: crops, flips, boxes
 def test_augmentation_treats_all_frames_alike_and_stays_uint8():
     picture = random_video(1, 1, 80)[0].expand(4, -1, -1, -1)
     transform, outs = data.training_transform("rand", 48, flip=True, erasing=0.5), []
@@ -208,13 +152,6 @@ def test_erasing_greys_one_box_of_some_clips():
     assert 30 <= erased <= 70
     transform = data.training_transform("crop", 64, flip=False)
     assert not any((transform(bright) == 128).any() for _ in range(20))
-
-
-def test_erasing_comes_after_randaugment(monkeypatch):
-    monkeypatch.setattr(data, "OPERATIONS", [lambda x, s, d: torch.zeros_like(x)])
-    transform = data.training_transform("rand", 32, erasing=1.0)
-    bright = torch.full((2, 3, 40, 40), 200, dtype=torch.uint8)
-    assert all((transform(bright) == 128).any() for _ in range(20))
 
 
 def rising(levels, size=64, frames=3):
@@ -259,7 +196,7 @@ def test_views_are_start_centre_and_end(micro, monkeypatch):
         frames = np.empty((len(numbers), 64, 128, 3), np.uint8)
         frames[..., :2] = np.arange(128)[:, None]  # red and green are the column
         frames[..., 2] = np.reshape(numbers, (-1, 1, 1))  # blue is the frame's number
-        return Frames(frames, numbers, 10)
+        return Frames(frames, list(numbers), 10)
 
     def tall(path, choose):
         video = wide(path, choose)
@@ -315,7 +252,17 @@ def test_an_unreadable_video_is_replaced_in_training_and_reported_in_testing(mic
     views = data.VideoViews(samples, 4, 32)[0]
     assert views.pixels is None and bad in views.error and views.numbers == []
     assert (views.index, views.label) == (0, 0)
-    nothing = data.TrainingClips([(bad, 0)], 4, 32)[0, 0]
-    assert nothing[0] is None and len(nothing[2]) == 10
-    batch, _, messages = data.collate([nothing, (clip, label, [])])
-    assert batch is None and len(messages) == 10
+    with pytest.raises(UserError, match=f"ten videos.*unreadable: cannot read {bad}"):
+        data.TrainingClips([(bad, 0)], 4, 32)[0, 0]
+
+
+def test_shuffled_views_keep_the_full_size_frames_at_their_places(micro):
+    samples = find_videos("folder", micro).val
+    plain = data.VideoViews(samples, 8, 32, views=(2, 1))[1].pixels
+    mixed = data.VideoViews(samples, 8, 32, views=(2, 1), shuffled=4)[1].pixels
+    again = data.VideoViews(samples, 8, 32, views=(2, 1), shuffled=4)[1].pixels
+    assert torch.equal(mixed, again) and not torch.equal(mixed, plain)
+    for part in (slice(0, None, 2), slice(1, None, 2)):  # seen at full size; the others
+        for before, after in zip(plain[:, part], mixed[:, part], strict=True):
+            same = [[torch.equal(a, b) for b in before] for a in after]
+            assert all(any(row) for row in same)

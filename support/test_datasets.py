@@ -1,30 +1,35 @@
-"""Data sets are read as they are downloaded; what is wrong with one is said in a sentence."""
+"""Data sets are read in the layouts people have; what is wrong with one is said in a sentence."""
 
+import csv
+import functools
 import json
-import math
 import os
 import shutil
 
 import pytest
-import torch
 
-import evaluate
-import train
-from conftest import lines, write_anything, x264
-from support.datasets import SPLITS, digest, find_videos
+from conftest import SHARED, THOROUGH, needs_shared, write_anything, x264
+from support.datasets import LIST_FOLDERS, SPLITS, digest, find_videos
 from support.processes import UserError
-
-# ---------------------------------------------------------------- your own videos
 
 
 def put(root, *paths):
     """Make empty files; a folder, where a path ends in a slash."""
     for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
         if path.endswith("/"):
-            (root / path).mkdir(parents=True)
+            (root / path).mkdir(exist_ok=True)
         else:
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).touch()
+
+
+def refused(name, root, words):
+    with pytest.raises(UserError, match=words) as error:
+        find_videos(name, str(root))
+    assert str(root) in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- your own videos
 
 
 def test_folders_and_their_mistakes(micro, tmp_path):
@@ -35,17 +40,15 @@ def test_folders_and_their_mistakes(micro, tmp_path):
     root = tmp_path / "x"
     for paths, words in (
         ([], "x is not there"),
-        (["./"], "train is not there"),
+        (["./"], "train is not there .*--data list"),
         (["train/a/"], "val is not there"),
         (["val/a/"], "has 0 train videos and 1 classes"),
-        (["train/a/1.mp4"], "has 1 train videos and 1 classes"),
-        (["val/a/2.MKV"], "has 1 train videos and 1 classes"),
+        (["train/a/1.mp4", "val/a/2.MKV"], "has 1 train videos and 1 classes"),
         (["train/b/"], "no training video of the class 'b'"),
-        (["val/c/note.txt", "train/b/deep/3.webm", "val/c/4.mp4"], "4.mp4 the class 'c'"),
+        (["val/c/note.txt", "train/b/deep/3.webm", "val/c/4.mp4"], "4.mp4 is of the class 'c'"),
     ):
         put(root, *paths)
-        with pytest.raises(UserError, match=words):
-            find_videos("folder", str(root))
+        refused("folder", root, words)
     (root / "val/c/4.mp4").unlink()
     # Left behind by other programs:
     put(root, "train/a/._1.mp4", "train/.ipynb_checkpoints/x.mp4")
@@ -55,366 +58,300 @@ def test_folders_and_their_mistakes(micro, tmp_path):
     assert found == ["train/a/1.mp4", "train/b/deep/3.webm", "val/a/2.MKV"]
 
 
-def test_lists_and_their_mistakes(tmp_path):
+def test_lists_and_what_is_missing_in_them(tmp_path):
     root, listed = str(tmp_path), tmp_path / "train.txt"
-    put(tmp_path, "a.mp4", "b c.mp4", "d,e.mp4")
+    put(tmp_path, "a.mp4", "b c.mp4", "d,é.mp4")
     (tmp_path / "val.txt").write_text("a.mp4,1\n")
-    listed.write_text('a.mp4 0\n"b c.mp4" 1\n\nb c.mp4, 0\n"d,e.mp4",1\n')
+    listed.write_bytes('a.mp4 0\r\n"b c.mp4" 1\n\nb c.mp4, 0\n"d,é.mp4",1'.encode())
     videos = find_videos("list", root)
-    want = [("a.mp4", 0), ("b c.mp4", 1), ("b c.mp4", 0), ("d,e.mp4", 1)]
-    assert [(os.path.basename(path), label) for path, label in videos.train] == want
-    assert videos.classes == ["0", "1"] and videos.val == [(str(tmp_path / "a.mp4"), 1)]
+    want = [("a.mp4", 0), ("b c.mp4", 1), ("b c.mp4", 0), ("d,é.mp4", 1)]
+    assert videos.train == [(f"{root}/{name}", label) for name, label in want]
+    assert videos.classes == ["0", "1"] and videos.val == [(f"{root}/a.mp4", 1)]
+    listed.write_text("a.mp4 0\nnone.mp4 0\nb c.mp4 1\n")
     (tmp_path / "classes.txt").write_bytes("\ufeffwalk\nrun\n\n".encode())
-    assert find_videos("list", root).classes == ["walk", "run"]
-    lacks = r"1 of 2 train videos are not there \(python -m tools.check_data lists them\), such as"
-    for text, words in (
-        ("a.mp4\n", "line 1"),
-        ("a.mp4 0\na.mp4 x\n", "line 2"),
-        ("a.mp4 0\na.mp4 7\n", "a.mp4 the class 7.* none of its 2"),
-        ("a.mp4 0\na.mp4 4000000000\n", "line 2: .*4000000000"),
-        ("", "has 0 train videos and 2 classes; it needs at least 1 video and 2 classes"),
-        ("a.mp4 0\n7\n", "line 2"),
-        ("a.mp4 0\nz.mp4 1\n", f"{lacks} .*z.mp4"),
-        ("a.mp4 0\nz.mp4 1\nz.mp4 1\n", f"{lacks} .*z.mp4"),
-        ("a.mp4 1\n", "no training video of the class 'walk'"),
-    ):
-        listed.write_text(text)
-        with pytest.raises(UserError, match=words):
-            find_videos("list", root)
+    videos = find_videos("list", root, whole=())
+    assert videos.train == [(f"{root}/a.mp4", 0), (f"{root}/b c.mp4", 1)]
+    assert videos.missing == [("train", f"{root}/none.mp4")] and videos.classes == ["walk", "run"]
 
 
-def test_a_lists_missing_videos_are_told_from_those_that_are_there(tmp_path):
-    put(tmp_path, "a.mp4", "b.mp4")
-    for split in SPLITS:
-        (tmp_path / f"{split}.txt").write_text("a.mp4 0\nnone.mp4 0\nb.mp4 1\n")
-    videos = find_videos("list", str(tmp_path), whole=())
-    there = [(str(tmp_path / "a.mp4"), 0), (str(tmp_path / "b.mp4"), 1)]
-    assert videos.train == videos.val == there
-    assert videos.missing == [(split, str(tmp_path / "none.mp4")) for split in SPLITS]
-
-
-# ---------------------------------------------------------------- miniatures of the benchmarks
-MPEG4 = {"codec": "mpeg4", "codec_options": {"g": "12", "bf": "2"}}
-VP9 = {"codec": "libvpx-vp9", "codec_options": {"g": "20"}}
-CLIMB, PUT = "Moving something up", "Putting something, into something"
-BENCHMARKS = [
-    "k400",
-    "k400 flat",
-    "ssv2",
-    "ssv2 newer",
-    "hmdb51",
-    "hmdb51 as unpacked",
-    "diving48",
-]
-
-
-def benchmark(name, root):
-    """A miniature in the layout of a download → {split: [(file, class)]}, files within the root."""
-    if name.startswith("k400"):
-        return kinetics(root, flat=name == "k400 flat")
-    if name.startswith("ssv2"):
-        return something(root, newer=name == "ssv2 newer")
-    if name.startswith("hmdb51"):
-        return hmdb51(root, unpacked=name == "hmdb51 as unpacked")
-    return diving48(root)
-
-
-def video(root, path, **how):
-    os.makedirs(os.path.dirname(root / path), exist_ok=True)
-    write_anything(str(root / path), **(x264() | {"number": 20} | how))
-    return path
-
-
-def text(root, path, content):
-    os.makedirs(os.path.dirname(root / path), exist_ok=True)
-    if not isinstance(content, str):
-        content = json.dumps(content)
-    (root / path).write_text(content)
-
-
-def kinetics(root, flat):
-    """Nested folders, or flat as the archives have it, with the lists in their own folder."""
-    pets, lists = "petting animal (not cat)", "annotations/" if flat else ""
-    listed = {
-        "train": [("zumba", "--a_000001", 1), (pets, "b-#_c", 15), ("zumba", "d", 123)],
-        "val": [(pets, "e", 0), ("zumba", "f", 7)],
-    }
-    found = {}
-    for split, rows in listed.items():
-        content, found[split] = "label,youtube_id,time_start,time_end,split\n", []
-        for label, video_id, start in rows:
-            quoted = f'"{label}"' if " " in label else label
-            content += f"{quoted},{video_id},{start},{start + 10},{split}\n"
-            file = f"{video_id}_{start:06d}_{start + 10:06d}.mp4"
-            path = f"{split}/{file}" if flat else f"{split}/{label}/{file}"
-            found[split].append((video(root, path), label))
-        text(root, f"{lists}{split}.csv", content)
-    text(root, f"{lists}test.csv", "youtube_id,time_start,time_end,split\nx,1,11,test\n")
-    return found
-
-
-def something(root, newer):
-    """The first release's names of the lists, or those of the newer one."""
-
-    def listed(video_id, template):
-        clip = {"id": str(video_id), "label": "moving a pen up", "template": template}
-        return clip | {"placeholders": ["a pen"]}
-
-    def clip(video_id, label, **how):
-        path = f"20bn-something-something-v2/{video_id}.webm"
-        return video(root, path, **(VP9 | how)), label
-
-    climb, into = "Moving [something] up", "Putting [something], into [something]"
-    files = {
-        "labels": {CLIMB: "1", PUT: "0"},
-        "train": [listed(7, climb), listed(8, into), listed(70, climb)],
-        "validation": [listed(100, into), listed(9, climb)],
-        "test": [{"id": "11"}],
-    }
-    for name, content in files.items():
-        path = f"labels/{name}.json" if newer else f"something-something-v2-{name}.json"
-        text(root, path, content)
-    return {
-        "train": [clip(7, CLIMB, number=9), clip(8, PUT), clip(70, CLIMB)],
-        "val": [clip(100, PUT), clip(9, CLIMB, number=1)],
-    }
-
-
-def hmdb51(root, unpacked):
-    """The archives' own folders, or everything in the root."""
-    splits, place = "", ""
-    if unpacked:
-        splits, place = "testTrainMulti_7030_splits/", "hmdb51_org/"
-    uses = {  # of each video in each of the three splits
-        "draw_sword": {
-            "a#1_(x);y!_@z.avi": (1, 2, 0),
-            "b[0]&.avi": (2, 1, 1),
-            "c.avi": (0, 1, 2),
-        },
-        "sword": {"a#1_(x);y!_@z.avi": (2, 1, 2), "%d.AVI": (1, 2, 1)},
-    }
-    of_use = {0: [], 1: [], 2: []}
-    for label, videos in uses.items():
-        for file, use in videos.items():
-            path = video(root, f"{place}{label}/{file}", **MPEG4)
-            of_use[use[0]].append((path, label))
-        for i in range(3):
-            content = "".join(f"{file} {use[i]} \n" for file, use in videos.items())
-            text(root, f"{splits}{label}_test_split{i + 1}.txt", content + "\n")
-    return {"train": of_use[1], "val": of_use[2]}
-
-
-def diving48(root):
-    free, pike = ["Back", "15som", "05Twis", "FREE"], ["Reverse", "Dive", "NoTwis", "PIKE"]
-    tuck = ["Back", "Dive", "NoTwis", "TUCK"]
-    vocabulary = [free, pike, tuck]
-    text(root, "Diving48_vocab.json", vocabulary)
-    listed = {
-        "train": [("-mmq0PT-u8k_00155", 2), ("_8Vy3_00000", 0), ("q_00001", 2)],
-        "val": [("z_00003", 0)],
-    }
-    found = {}
-    for split, name in (("train", "train"), ("val", "test")):
-        content, found[split] = [], []
-        for file, label in listed[split]:
-            clip = {"vid_name": file, "label": label, "start_frame": 0, "end_frame": 19}
-            content.append(clip)
-            path = video(root, f"rgb/{file}.mp4")
-            found[split].append((path, " ".join(vocabulary[label])))
-        text(root, f"Diving48_V2_{name}.json", content)
-    return found
-
-
-# ---------------------------------------------------------------- the benchmarks
-TRAIN = (
-    "--backbone tiny --spatial-frames 4 --bottleneck 8 --batch 2 --workers 0 --epochs 1"
-).split()
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_benchmark_is_read_trained_and_evaluated_as_it_is_downloaded(name, tmp_path, capsys):
-    root, out, source = tmp_path / "my data", str(tmp_path / "out"), name.split()[0]
-    want = benchmark(name, root)
-    videos = find_videos(source, str(root))
-    for split in SPLITS:
-        got = []
-        for path, label in getattr(videos, split):
-            assert os.path.isfile(path)
-            got.append((os.path.relpath(path, root), videos.classes[label]))
-        assert sorted(got) == sorted(want[split])
-    assert videos.missing == [] and len(videos.classes) == (3 if source == "diving48" else 2)
-    # The recipe's own sampling, augmentation and views, on the tiny backbone.
-    train.main(["--data", source, "--root", str(root), "--out", out, *TRAIN])
-    assert lines(out)[0]["failed"] == 0 and math.isfinite(lines(out)[0]["train_loss"])
-    path = os.path.join(out, "last.pt")
-    run = torch.load(path, weights_only=True)["run"]
-    assert run["val_videos"] == len(want["val"])
-    assert run["val_digest"] == digest(videos.val) and len(run["val_digest"]) == 64
-    capsys.readouterr()
-    evaluate.main([path, "--workers", "0"])
-    printed, (clips, crops) = capsys.readouterr().out, train.RECIPES[source]["views"]
-    assert f"({len(want['val'])} videos, {clips} clips x {crops} crops)" in printed
-    assert "note:" not in printed
-    ending = "-split1" if source == "hmdb51" else ""
-    with open(os.path.join(out, f"last.{source}{ending}.json")) as file:
-        result = json.load(file)
-    assert result["failed"] == 0 and result["missing"] == 0
-    assert result["digest"] == run["val_digest"]
-
-
-def test_classes_are_in_the_benchmarks_own_order(tmp_path):
-    classes = {}
-    for name in ("ssv2", "hmdb51", "diving48", "k400"):
-        benchmark(name, tmp_path / name)
-        classes[name] = find_videos(name, str(tmp_path / name)).classes
-    assert classes["ssv2"] == [PUT, CLIMB] and classes["hmdb51"] == ["draw_sword", "sword"]
-    assert classes["diving48"][1] == "Reverse Dive NoTwis PIKE"
-    assert classes["k400"] == ["petting animal (not cat)", "zumba"]
-
-
-def test_hmdb51_has_three_splits(tmp_path, capsys):
-    benchmark("hmdb51", tmp_path)
-
-    def read(split):
-        videos = find_videos("hmdb51", str(tmp_path), split)
-        both = (videos.train, videos.val)
-        return [[os.path.basename(path) for path, _ in samples] for samples in both]
-
-    a, b, c, d = "a#1_(x);y!_@z.avi", "b[0]&.avi", "c.avi", "%d.AVI"
-    assert read(1) == read(None) == [[a, d], [b, a]]
-    assert read(2) == [[b, a, c], [a, d]]
-    with pytest.raises(UserError, match="HMDB51's three; k400 has one"):
-        find_videos("k400", str(tmp_path), 2)
-    default = train.parse(["--data", "hmdb51"]).out
-    assert default == os.path.join("runs", "hmdb51-split1-dualpath-s0")
-    out = str(tmp_path / "out")
-    data = ["--data", "hmdb51", "--split", "3", "--root", str(tmp_path)]
-    train.main([*data, "--out", out, *TRAIN])
-    # A split's training videos are another's validation videos.
-    note = "note: these 2 validation videos are not the 2 of the training"
-    for options, is_noted in (([], False), (["--split", "1"], True)):
-        capsys.readouterr()
-        evaluate.main([os.path.join(out, "last.pt"), "--workers", "0", *options])
-        assert (note in capsys.readouterr().out) == is_noted
-
-
-def test_kinetics_may_lack_videos_and_says_how_many(tmp_path, capsys):
-    root, out = str(tmp_path), str(tmp_path / "out")
-    benchmark("k400", tmp_path)
-    for split, number in (("train", 9), ("val", 4)):
-        with open(tmp_path / f"{split}.csv", "a") as file:
-            for i in range(number):
-                file.write(f"zumba,more{i},0,10,{split}\n")
-                one = tmp_path / "val/zumba/f_000007_000017.mp4"
-                shutil.copy(one, tmp_path / f"{split}/more{i}_000000_000010.mp4")
-    before = find_videos("k400", root)
-    os.remove(tmp_path / "train/more8_000000_000010.mp4")
-    os.remove(tmp_path / "val/more3_000000_000010.mp4")
-    videos = find_videos("k400", root)
-    assert videos.missing == [
-        ("train", f"{tmp_path}/train/more8_000000_000010.*"),
-        ("val", f"{tmp_path}/val/more3_000000_000010.*"),
-    ]
-    assert len(videos.train) == 11 and len(videos.val) == 5
-    assert digest(videos.val) != digest(before.val)
-    train.main(
-        ["--data", "k400", "--root", root, "--out", out, *TRAIN, "--frames", "16", "--batch", "8"]
-    )
-    said = "11 training and 5 validation videos, 2 classes; 2 listed videos are missing"
-    assert said in capsys.readouterr().out
-    evaluate.main([os.path.join(out, "last.pt"), "--workers", "0"])
-    said = "(5 videos, 3 clips x 1 crops); 1 listed videos are missing"
-    assert said in capsys.readouterr().out
-    os.remove(tmp_path / "train/more7_000000_000010.mp4")
-    assert len(find_videos("k400", root).train) == 10
-    os.remove(tmp_path / "train/more6_000000_000010.mp4")  # more than a fifth
-    with pytest.raises(UserError, match="3 of 12 train videos are not there .*such as .*more6"):
-        find_videos("k400", root)
-    shutil.rmtree(tmp_path / "train")  # evaluation needs no training video
-    capsys.readouterr()
-    evaluate.main([os.path.join(out, "last.pt"), "--workers", "0"])
-    assert "(5 videos, 3 clips x 1 crops)" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- annotations
-HEAD = "label,youtube_id,time_start,time_end,split\n"
-LABELS, FIRST, OTHER = (
-    f"something-something-v2-{name}.json" for name in ("labels", "train", "validation")
-)
-VOCABULARY, DIVES, TEST_DIVES = (
-    f"Diving48_{name}.json" for name in ("vocab", "V2_train", "V2_test")
-)
-MISTAKES = [  # benchmark, file, its new content (None: it is deleted), what is said
-    ("k400", "train.csv", None, "train.csv is not there, nor is .*annotations/train.csv"),
-    ("k400", "val.csv", "a.mp4,0\nb.mp4,1\n", r"val.csv.* docs/data.md has it \(KeyError: "),
-    ("k400", "val.csv", HEAD + "zumba,e,zero,10,val\n", "val.csv.*zero"),
-    (
-        "k400",
-        "val.csv",
-        HEAD + "juggling,e,0,10,val\n",
-        r"val video .*/val/.*/e_000000_000010\.mp4 the class 'juggling'",
-    ),
-    ("k400", "train.csv", HEAD, "no training video"),
-    ("k400", "val.csv", HEAD, "has 0 val videos"),
-    ("ssv2", LABELS, None, "labels.json is not there, nor is .*labels/labels.json"),
-    ("ssv2", FIRST, "[{]", "train.json.*JSONDecodeError"),
-    ("ssv2", OTHER, '[{"id": "11"}]', r"validation.json.*\(KeyError: 'template'\)"),
-    (
-        "ssv2",
-        OTHER,
-        '[{"id": 9, "template": "Eating [something]"}]',
-        r"val video .*-v2/9\.webm the class 'Eating something'",
-    ),
-    (
-        "ssv2",
-        FIRST,
-        '[{"id": "7", "template": "Moving [something] up"}]',
-        "no training video of the class 'Putting",
-    ),
-    (
-        "ssv2",
-        "20bn-something-something-v2/9.webm",
-        None,
-        "1 of 2 val videos are not there .*such as .*20bn-something-something-v2/9",
-    ),
-    ("hmdb51", "sword_test_split1.txt", "a.avi one", "sword_test_split1.txt.*one"),
-    ("hmdb51", "draw_sword_test_split1.txt", "", "class 'draw_sword'"),
-    (
-        "hmdb51",
-        "sword/%d.AVI",
-        None,
-        "1 of 2 train videos are not there .*such as .*sword/%d",
-    ),
-    ("diving48", VOCABULARY, None, "Diving48_vocab.json is not there"),
-    ("diving48", VOCABULARY, "5", "vocab.json.*TypeError"),
-    ("diving48", VOCABULARY, "[" * 100000, "vocab.json.*RecursionError"),
-    (
-        "diving48",
-        TEST_DIVES,
-        '[{"vid_name": "z_00003", "label": 3}]',
-        r"val video .*rgb/z_00003\.mp4 the class 3, which is none of its 3",
-    ),
-    ("diving48", TEST_DIVES, '[{"vid_name": "z_00003", "label": -1}]', "class -1"),
-    ("diving48", DIVES, '{"vid_name": "z_00003"}', "V2_train.json.*TypeError"),
-]
+FROM_0 = "train.txt: labels must count from 0;"
 
 
 @pytest.mark.parametrize(
-    "name, file, content, words", MISTAKES, ids=[f"{row[0]} {row[1]}" for row in MISTAKES]
+    "text, words",
+    [
+        ("a.mp4 1\nb.mp4 2\n", f"{FROM_0} the smallest here is 1"),
+        ("a.mp4 0\nb.mp4 4000\n", f"{FROM_0} 1 is missing"),
+        ("a.mp4 0\na.mp4 x\n", "train.txt, line 2: 'a.mp4 x' is not `path label`"),
+        ("a.mp4 0\nb.mp4 4000000000\n", "line 2: .*4000000000"),
+        ("", "the class 1, none of the 0"),
+        ("a.mp4 0\nz.mp4 1\nz.mp4 1\n", "2 of 3 train .*/z.mp4; python -m tools.check_data"),
+        ("z.mp4 0\ny.mp4 1\n", "2 of 2 train .*/z.mp4; .*found train.txt, videos in \\."),
+        ("a.mp4 0\n", "val video .*b.mp4 is of the class 1, none of the 1"),
+        ("a.mp4 0\né.mp4 1".encode("latin-1"), "train.txt is not UTF-8 text"),
+        ("a.mp4 0\n".encode("utf-16"), "train.txt is not UTF-8 text"),
+    ],
 )
+def test_mistakes_in_lists(text, words, tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path, "train.txt", text)
+    write(tmp_path, "val.txt", "b.mp4 1\n")
+    refused("list", tmp_path, words)
+
+
+# ---------------------------------------------------------------- the layouts people have
+CLIMB, PUT = "Moving something up", "Putting something, into something"
+PETS, DIVES = "petting animal (not cat)", ["Back 15som FREE", "Reverse PIKE", "Back TUCK"]
+HEAD = "label,youtube_id,time_start,time_end,split\n"
+SSV2, DIVING = "something-something-v2", "Diving48"
+VIDEOS = {  # of the benchmarks as they are downloaded: {split: {file: class}}
+    "k400": {
+        "train": {
+            "train/zumba/--a_00_000001_000011.mp4": "zumba",
+            f"train/{PETS}/b-#_c_000015_000025.mp4": PETS,
+        },
+        "val": {"val/zumba/f_000007_000017.mp4": "zumba"},
+    },
+    "ssv2": {
+        "train": {f"20bn-{SSV2}/7.webm": CLIMB, f"20bn-{SSV2}/70.webm": PUT},
+        "val": {f"20bn-{SSV2}/9.webm": CLIMB, f"20bn-{SSV2}/100.webm": PUT},
+    },
+    "hmdb51": {
+        "train": {"hmdb51_org/draw_sword/a;!.avi": "draw_sword", "hmdb51_org/sword/%.AVI": "sword"},
+        "val": {"hmdb51_org/sword/a;!.avi": "sword", "hmdb51_org/draw_sword/[0].avi": "draw_sword"},
+    },
+    "diving48": {
+        "train": {"rgb/-mm_00155.mp4": DIVES[2], "rgb/_8V_00000.mp4": DIVES[0]},
+        "val": {"rgb/z_00003.mp4": DIVES[0]},
+    },
+}
+UP, INTO = "Moving [something] up", "Putting [something], into [something]"
+LISTS = {
+    "k400": {
+        "train.csv": f'{HEAD}zumba,--a_00,1,11,train\n"{PETS}",b-#_c,15,25,train\n',
+        "val.csv": f"{HEAD}zumba,f,7.0,17.0,val\n",
+    },
+    "ssv2": {
+        f"{SSV2}-labels.json": {CLIMB: "1", PUT: "0"},
+        f"{SSV2}-train.json": [{"id": "7", "template": UP}, {"id": "70", "template": INTO}],
+        f"{SSV2}-validation.json": [{"id": "9", "template": UP}, {"id": "100", "template": INTO}],
+    },
+    "hmdb51": {
+        "testTrainMulti_7030_splits/draw_sword_test_split1.txt": "a;!.avi 1 \n[0].avi 2\nc.avi 0\n",
+        "testTrainMulti_7030_splits/sword_test_split1.txt": "%.AVI 1 \n\na;!.avi 2",
+    },
+    "diving48": {
+        f"{DIVING}_vocab.json": [dive.split() for dive in DIVES],
+        f"{DIVING}_V2_train.json": [
+            {"vid_name": "-mm_00155", "label": 2},
+            {"vid_name": "_8V_00000", "label": 0},
+        ],
+        f"{DIVING}_V2_test.json": [{"vid_name": "z_00003", "label": 0}],
+    },
+}
+CLASSES = {"k400": [PETS, "zumba"], "ssv2": [PUT, CLIMB], "diving48": DIVES}
+CLASSES["hmdb51"] = ["draw_sword", "sword"]
+
+
+@functools.cache
+def small_video():
+    path = write_anything(f"/tmp/{os.getpid()}.mp4", number=20, **x264())
+    with open(path, "rb") as file:
+        content = file.read()
+    os.remove(path)
+    return content
+
+
+def write(root, path, content):
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, (str, bytes)):
+        content = json.dumps(content)
+    (root / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def benchmark(name, root):
+    """A miniature in the layout of the download."""
+    for path, content in LISTS[name].items():
+        write(root, path, content)
+    for path in [*VIDEOS[name]["train"], *VIDEOS[name]["val"]]:
+        write(root, path, small_video())
+
+
+def into(folder, *names):
+    return {name: f"{folder}/{name}" for name in names}
+
+
+MOVES = [
+    ("k400", {}),
+    ("k400", into("annotations", "train.csv", "val.csv")),
+    ("k400", {"val.csv": "validate.csv", "train": "train_256", "val": "val_256"}),
+    ("k400", {f"{split}.csv": f"annotations/kinetics_{split}.csv" for split in SPLITS}),
+    ("k400", {split: f"videos_{split}" for split in SPLITS}),
+    ("k400", {f"{split}.csv": f"kinetics-400_{split}.csv" for split in SPLITS}),
+    ("k400", into("videos", "train", "val")),
+    ("k400", {path: f"train/{path.split('/')[2]}" for path in VIDEOS["k400"]["train"]}),
+    ("ssv2", {}),
+    ("ssv2", {name: name.replace(f"{SSV2}-", "labels/") for name in LISTS["ssv2"]}),
+    ("ssv2", into("annotations", *LISTS["ssv2"]) | {f"20bn-{SSV2}": "videos"}),
+    ("hmdb51", {}),
+    ("hmdb51", {"testTrainMulti_7030_splits": "annotations", "hmdb51_org": "videos"}),
+    ("hmdb51", {"hmdb51_org/sword": "sword", "hmdb51_org/draw_sword": "draw_sword"}),
+    ("diving48", {}),
+    ("diving48", into("annotations", *LISTS["diving48"]) | {"rgb": "videos"}),
+]
+
+
+def move(root, moves):
+    for old, new in moves.items():
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(root / old, root / new)
+
+
+@pytest.mark.parametrize("name, moves", MOVES)
+def test_a_benchmark_is_found_in_each_layout(name, moves, tmp_path):
+    root = tmp_path / "my [data] {x}"
+    benchmark(name, root)
+    before = find_videos(name, str(root))
+    move(root, moves)
+    videos = find_videos(name, str(root))
+    assert videos.classes == CLASSES[name] and videos.missing == []
+    for split in SPLITS:
+        got = {os.path.relpath(p, root): videos.classes[c] for p, c in getattr(before, split)}
+        assert got == VIDEOS[name][split]
+        assert digest(getattr(videos, split)) == digest(getattr(before, split))
+        assert all(os.path.isfile(path) for path, _ in getattr(videos, split))
+    for new in moves.values():
+        assert os.path.dirname(new) in videos.found
+
+
+def test_kinetics_videos_may_be_named_by_the_id_alone(tmp_path):
+    benchmark("k400", tmp_path)
+    for path in [*VIDEOS["k400"]["train"], *VIDEOS["k400"]["val"]]:
+        move(tmp_path, {path: f"{path[: -len('_000001_000011.mp4')]}.mkv"})
+    videos = find_videos("k400", str(tmp_path))
+    assert (len(videos.train), len(videos.val), videos.missing) == (2, 1, [])
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "list"])
+@pytest.mark.parametrize(
+    "lists, line",
+    [
+        ("{}.csv", "{root}/videos/{path} {label}"),
+        ("{}.csv", "videos/{path},{label}"),
+        ("x400_{}_list_videos.txt", "{path} {label}"),
+        ("hmdb51_{}_split_1_videos.txt", '"{path}"\t{label}'),
+    ],
+)
+def test_lists_of_paths_serve_any_data_set(name, lists, line, tmp_path):
+    for split, paths in (("train", ("a/1.mp4", "b/2.mp4")), ("val", ("b/3.mp4",))):
+        put(tmp_path / "videos", *paths)
+        rows = [line.format(root=tmp_path, path=path, label="ab".index(path[0])) for path in paths]
+        write(tmp_path, lists.format(split), "\n".join(rows))
+    videos = find_videos(name, str(tmp_path))
+    got = [(os.path.relpath(path, tmp_path), label) for path, label in videos.train + videos.val]
+    assert got == [("videos/a/1.mp4", 0), ("videos/b/2.mp4", 1), ("videos/b/3.mp4", 1)]
+    assert lists.format("val") in videos.found
+    with pytest.raises(UserError, match="--split 2 is not that of|no train list|HMDB51's three"):
+        find_videos(name, str(tmp_path), 2)
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("k400", "train.csv", "annotations/kinetics_train.csv"),
+        ("k400", "train", "train_256"),
+        ("ssv2", f"{SSV2}-validation.json", "labels/validation.json"),
+        ("hmdb51", "testTrainMulti_7030_splits", "annotations"),
+        ("hmdb51", "hmdb51_org", "videos"),
+    ],
+)
+def test_two_candidates_are_refused_by_name(name, old, new, tmp_path):
+    benchmark(name, tmp_path)
+    copy = shutil.copytree if (tmp_path / old).is_dir() else shutil.copy
+    (tmp_path / new).parent.mkdir(exist_ok=True)
+    copy(tmp_path / old, tmp_path / new)
+    refused(name, tmp_path, f"has both .*({old}.*{new}|{new}.*{old})")
+
+
+@needs_shared
+def test_the_real_lists_of_hmdb51(tmp_path):
+    shutil.copytree(f"{SHARED}/annotations/hmdb51", tmp_path / "annotations")
+    want = {1: set(), 2: set(), 3: set()}
+    for name in os.listdir(tmp_path / "annotations"):
+        label, split = name.removesuffix(".txt").split("_test_split")
+        folder = f"{tmp_path}/videos/{label}"
+        os.makedirs(folder, exist_ok=True)
+        for line in (tmp_path / "annotations" / name).read_text().splitlines():
+            video, use = line.split()
+            if split == "1":  # the three name the same videos
+                open(f"{folder}/{video}", "w").close()
+            if use == "1":
+                want[int(split)].add((f"{folder}/{video}", label))
+    for split in want:
+        videos = find_videos("hmdb51", str(tmp_path), split)
+        assert {(path, videos.classes[label]) for path, label in videos.train} == want[split]
+        assert (len(videos.train), len(videos.val), len(videos.classes)) == (3570, 1530, 51)
+
+
+@needs_shared
+def test_the_real_list_of_kinetics(tmp_path):
+    with open(f"{SHARED}/annotations/k400/val.csv") as file:
+        lines = file.readlines()
+    lines[1:] = lines[1 :: 1 if THOROUGH else 20]
+    for split in SPLITS:
+        write(tmp_path, f"{split}.csv", "".join(lines))
+        for row in csv.DictReader(lines):
+            folder = tmp_path / split / row["label"]
+            folder.mkdir(parents=True, exist_ok=True)
+            end = int(row["time_end"])
+            (folder / f"{row['youtube_id']}_{end - 10:06d}_{end:06d}.mp4").touch()
+    videos = find_videos("k400", str(tmp_path))
+    assert (len(videos.val), len(videos.classes), videos.missing) == (len(lines) - 1, 400, [])
+    for path, label in videos.train:
+        assert os.path.basename(os.path.dirname(path)) == videos.classes[label]
+
+
+def test_a_fifth_of_kinetics_may_be_missing(tmp_path):
+    benchmark("k400", tmp_path)
+    rows = "".join(f"zumba,more{i},0,10,train\n" for i in range(8))
+    write(tmp_path, "train.csv", LISTS["k400"]["train.csv"] + rows)
+    put(tmp_path / "train", *[f"more{i}_000000_000010.mp4" for i in range(6)])
+    videos = find_videos("k400", str(tmp_path))
+    absent = [f"{tmp_path}/train/more{i}_000000_000010" for i in (6, 7)]
+    assert videos.missing == [("train", path) for path in absent] and len(videos.train) == 8
+    os.remove(tmp_path / "train/more5_000000_000010.mp4")
+    refused("k400", tmp_path, "3 of 10 train videos are not there, such as .*more5")
+    shutil.rmtree(tmp_path / "train")  # evaluation needs no training video
+    assert len(find_videos("k400", str(tmp_path), whole=("val",)).val) == 1
+
+
+PLACES = ", ".join(f".*/{folder}" for folder in LIST_FOLDERS)
+HMDB51_LIST = "testTrainMulti_7030_splits/sword_test_split1.txt"
+MISTAKES = [  # benchmark, file, its new content (None: it is deleted), what is said
+    ("k400", "train.csv", None, "no train list: looked for train.csv, .* in .*/annotations, "),
+    ("k400", "val.csv", "a.mp4,0\nb.mp4,1\n", "val.csv has no column label; it has a.mp4, 0"),
+    ("k400", "val.csv", HEAD.replace("time_start,", ""), "no column time_start; it has label, "),
+    ("k400", "val.csv", f"{HEAD}zumba,e,zero,10,val\n", "val.csv is not as .*zero"),
+    ("k400", "val.csv", f"{HEAD}\nzumba,e\n", "val.csv is not as .*TypeError"),
+    ("k400", "val.csv", f"{HEAD}run,e,0,10,val\n", r"val video .*e_000000_.*class 'run'"),
+    ("k400", "val.csv", HEAD, "has 0 val videos"),
+    ("ssv2", f"{SSV2}-labels.json", None, "no classes list: looked for .*labels.json, labels.json"),
+    ("ssv2", f"{SSV2}-train.json", "[{]", "train.json.*JSONDecodeError"),
+    ("ssv2", f"{SSV2}-train.json", [{"id": "1"}], "train.json.*'template'"),
+    ("ssv2", f"20bn-{SSV2}/9.webm", None, "1 of 2 val videos .*such as .*v2/9"),
+    ("hmdb51", "hmdb51_org/sword/%.AVI", None, "1 of 2 train videos .*such as .*sword/%"),
+    ("hmdb51", HMDB51_LIST, "a one", "split1.txt.*one"),
+    ("hmdb51", "testTrainMulti_7030_splits", None, rf"for \*_test_split1.txt, .* in {PLACES}"),
+    ("diving48", f"{DIVING}_vocab.json", "5", "vocab.json.*TypeError"),
+    ("diving48", f"{DIVING}_vocab.json", [["Back"]], "the class 2, none of the 1"),
+]
+
+
+@pytest.mark.parametrize("name, file, content, words", MISTAKES)
 def test_annotations_and_their_mistakes(name, file, content, words, tmp_path):
     benchmark(name, tmp_path)
     if content is None:
-        os.remove(tmp_path / file)
+        move(tmp_path, {file: "elsewhere/x"})
     else:
-        (tmp_path / file).write_text(content)
-    with pytest.raises(UserError, match=words) as error:
-        find_videos(name, str(tmp_path))
-    assert str(tmp_path) in str(error.value)
-    for path in tmp_path.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    with pytest.raises(UserError, match="is not there|has no file CLASS_test_split1.txt"):
-        find_videos(name, str(tmp_path))
+        write(tmp_path, file, content)
+    refused(name, tmp_path, words)

@@ -1,17 +1,14 @@
-"""The drawn videos ask for what the demo is about; bars of progress suit a job's log."""
+"""The drawn videos ask for what the demo is about."""
 
-import io
 import os
-import sys
 
 import numpy as np
 import pytest
 import torch
-import tqdm.std
 
 import grid
 from conftest import pixels
-from support import demo, processes
+from support import demo
 from support.demo import Scene, draw_data, draw_moving, write_video
 
 
@@ -82,27 +79,3 @@ def test_drawing_is_deterministic_and_whole_or_absent(tmp_path):
     with pytest.raises(RuntimeError, match="stopped midway"):
         draw_data(str(tmp_path / "c"), (16, 8), draw=stop_midway)
     assert os.listdir(tmp_path / "c") == []
-
-
-def test_in_the_log_of_a_job_progress_is_a_line_a_minute(monkeypatch):
-    assert not sys.stderr.isatty()
-    for name in ("mininterval", "maxinterval", "delay"):
-        assert processes.BAR[name] == 60
-    now = 0.0
-
-    def clock(self=None):
-        return now
-
-    for name in ("time", "_time"):
-        monkeypatch.setattr(processes.tqdm, name, clock, raising=False)
-    monkeypatch.setattr(tqdm.std, "time", clock)
-    log = io.StringIO()
-    bar = processes.tqdm(range(600), "epoch 1/2", file=log, unit="clip", **processes.BAR)
-    for i in bar:
-        now += 1
-        if i % 20 == 0:
-            bar.set_postfix_str(f"loss {i}", False)
-    said = [line.strip("\r ") for line in log.getvalue().split("\n") if line.strip("\r ")]
-    assert 9 <= len(said) <= 11
-    assert said[2].startswith("epoch 1/2: 180 of 600 in 03:00, 07:00 to go")
-    assert "loss 160" in said[2]

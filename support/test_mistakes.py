@@ -1,6 +1,5 @@
-"""Whatever users get wrong ends with one sentence that says what to do, and spoils nothing."""
+"""What users choose: the recipes, and that mistakes end with one sentence and spoil nothing."""
 
-import importlib
 import os
 import re
 import shutil
@@ -10,201 +9,122 @@ import torch
 
 import evaluate
 import train
-from conftest import SMALL
-from support.datasets import find_videos
+from support.datasets import SOURCES
+from support.processes import UserError
 
 
 @pytest.fixture(scope="module")
-def mistakes(micro, tmp_path_factory):
+def mistakes(micro, micro_run, tmp_path_factory):
     """A folder with a run and with what new users get wrong."""
     folder = tmp_path_factory.mktemp("mistakes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train.main(SMALL + ["--root", micro, "--out", "run", "--epochs", "1"])
-        for name in ("one", "no-val", "other"):
-            shutil.copytree(micro, name)
-        for path in [*os.scandir("one/train"), *os.scandir("one/val")]:
-            if path.name != "up_vertical":
-                shutil.rmtree(path)
-        shutil.rmtree("no-val/val")
-        shutil.copytree("other/val/up_vertical", "other/val/sideways")
-        (folder / "text.mp4").write_text("not a video")
-        (folder / "empty").mkdir()
+    train.main(micro_run + ["--out", str(folder / "run"), "--epochs", "1"])
+    shutil.copytree(micro, folder / "one")
+    for path in [*os.scandir(folder / "one/train"), *os.scandir(folder / "one/val")]:
+        if path.name != "up_vertical":
+            shutil.rmtree(path)
+    (folder / "text.mp4").write_text("not a video")
+    (folder / "empty").mkdir()
     return folder
 
 
-def as_name(value):
-    """A case's name: its options."""
-    return " ".join(value) if isinstance(value, list) else ""
+TRAINING = {
+    # data
+    "--root /no/where": "data folder /no/where is not there; say with --root where it is",
+    "--root one": "one has 2 train videos and 1 classes; it needs at least 1 .* 2",
+    "--data k400 --root empty": "there is no train list: looked for train.csv",
+    "--split 2": "--split chooses",
+    "--batch 99": "--batch 99 does not fit 16 training clips on 1 processes: take --batch 16, or",
+    # the run's folder, and files
+    "--out text.mp4": "text.mp4",
+    "--out run": "run holds a run already: --resume continues it, --overwrite deletes it",
+    "--out run --resume --lr 1": "run holds another run: .*--lr was 0.001",
+    "--resume --overwrite": "--resume continues the run that --overwrite deletes: give one",
+    "--init text.mp4": "text.mp4 is not a checkpoint of this project, or is damaged",
+    "--init run/best.pt --method aim": "run/best.pt, of dualpath .* does not fit this aim",
+    # the model
+    "--frames 20": r"T_s = 4\) is 20, .* works is 16 or 32",
+    "--method linear --serial-skip": "--serial-skip is no option of linear; it is one of dualp",
+    "--aim-scale 1": "--aim-scale is no option of dualpath; it is one of aim",
+    "--method aim --paths spatial": "--paths is no option of aim; it is one of dualpath",
+    "--backbone ViT-B-16 --pretrained openai": "QuickGELU, .* --backbone ViT-B-16-quickgelu",
+    "--backbone ViT-B-16 --pretrained opnai": "'opnai' is neither a file nor weights",
+    # the optimisation
+    "--epochs 9 --warmup 10": "--warmup 10 is longer than --epochs 9, .* take --warmup 0.9",
+    "--sampling uniform --stride 2": "strides are for --sampling dense; uniform takes one frame",
+    "--amp fp16": "--amp fp16 needs a CUDA GPU",
+    # values
+    "--bottleneck 0": "argument --bottleneck: '0' is not a whole number of at least 1",
+    "--lr -1": "argument --lr: '-1' is not a number of at least 0",
+}
+EVALUATION = {
+    "absent.pt": "no checkpoint absent.pt",
+    "run/best.pt --root one": "one has 1 val videos and 1 classes",
+    "run/best.pt --batch 0": "'0' is not a whole number of at least 1",
+}
 
 
-# ---------------------------------------------------------------- train.py
-DATA_MISTAKES = [
-    (["--root", "/no/where"], "/no/where is not there; say with --root"),
-    (["--root", "one"], "one has 2 train videos and 1 classes; it needs at least 1 .* 2"),
-    (["--root", "no-val"], "no-val/val is not there"),
-    (["--root", "other"], "other gives the val video .*sideways"),
-    (["--root", "empty"], "empty/train is not there"),
-    (["--data", "k400", "--root", "empty"], "empty/train.csv is not there"),
-    (["--data", "list", "--root", "empty"], "empty/train.txt is not there"),
-    (["--split", "2"], "--split chooses"),
-    (
-        ["--batch", "99"],
-        "--batch 99 must be a multiple .* of processes, 1, and at most .* clips, 16",
-    ),
-]
-FOLDER_MISTAKES = [
-    (["--out", __file__], "test_mistakes.py"),
-    (
-        ["--out", "run"],
-        "run holds a run already: --resume continues it, --overwrite deletes it",
-    ),
-    (
-        ["--out", "run", "--resume", "--method", "aim"],
-        "run/last.pt is of a run with other options: .*--method aim .was dualpath",
-    ),
-    (["--resume", "run/best.pt"], "run/best.pt holds weights only"),
-    (["--resume", "text.mp4"], "text.mp4 is not a checkpoint of this project"),
-    (["--init", "absent.pt"], "no checkpoint absent.pt"),
-    (["--init", "text.mp4"], "text.mp4 is not a checkpoint"),
-    (
-        ["--init", "run/best.pt", "--method", "aim"],
-        "run/best.pt, of dualpath around .*, does not fit this aim around 'tiny'",
-    ),
-]
-MODEL_MISTAKES = [
-    (["--frames", "15"], r"T_s = 4\) is 15, .* works is 16"),
-    (["--frames", "20"], "20, .* 16 or 32"),
-    (["--spatial-frames", "3"], "16, which is not a multiple of 48"),
-    (["--size", "100"], "100.*96 or 104"),
-    (["--method", "aim", "--paths", "spatial"], "paths is 'spatial'; it is both"),
-    (["--backbone", "ViT-B16"], "no model 'ViT-B16'; near: ViT-B-16"),
-    (["--backbone", "RN50"], "'RN50' is not supported: it is conv"),
-    (
-        ["--backbone", "ViT-B-16"],
-        "'openai' were trained with QuickGELU, .* --backbone ViT-B-16-quickgelu",
-    ),
-    (
-        ["--backbone", "ViT-B-16", "--pretrained", "opnai"],
-        "'opnai' is neither a file nor weights",
-    ),
-    (
-        ["--backbone", "ViT-B-16", "--pretrained", "text.mp4"],
-        "cannot read weights from text.mp4",
-    ),
-    (["--backbone", "local-dir:/no/where"], "'local-dir:/no/where'"),
-]
-MACHINE_MISTAKES = [
-    (["--amp", "fp16"], "--amp fp16 needs a CUDA GPU"),
-    (["--device", "cuda"], "--device cuda finds no device for process 0"),
-    (["--device", "mps"], "--device mps finds no device for process 0"),
-]
-VALUE_MISTAKES = [
-    ["--bottleneck", "0"],
-    ["--epochs", "0"],
-    ["--batch", "-1"],
-    ["--workers", "-1"],
-    ["--erasing", "2"],
-    ["--lr", "-1"],
-    ["--warmup", "nan"],
-    ["--dropout", "x"],
-    ["--seed", "-1"],
-    ["--seed", "9223372036854775808"],
-    ["--views", "0x1"],
-    ["--method", "dualpth"],
-    ["--data", "k600"],
-]
-
-
-def refused_training(options, micro, mistakes, tmp_path, monkeypatch):
-    """The exit code of a training that is refused and leaves everything as it was."""
+@pytest.mark.parametrize("options", [*TRAINING, *EVALUATION])
+def test_a_mistake_is_one_sentence(options, mistakes, micro_run, monkeypatch, capsys):
     monkeypatch.chdir(mistakes)
-    out = tmp_path / "run"
+    before = sorted(os.listdir(mistakes)), sorted(os.listdir("run"))
     with pytest.raises(SystemExit) as error:
-        train.main(SMALL + ["--root", micro, "--out", str(out), *options])
-    assert not os.path.exists(out)
-    assert sorted(os.listdir(mistakes / "run")) == ["best.pt", "last.pt", "log.jsonl"]
-    return error.value.code
+        if options in TRAINING:
+            train.main([*micro_run, "--out", "new", *options.split()])
+        else:
+            evaluate.main([*options.split(), "--workers", "0"])
+    said = error.value.code
+    if said == 2:  # argparse has printed it
+        said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search((TRAINING | EVALUATION)[options], said) and "\n" not in said
+    assert before == (sorted(os.listdir(mistakes)), sorted(os.listdir("run")))
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    DATA_MISTAKES + FOLDER_MISTAKES + MODEL_MISTAKES + MACHINE_MISTAKES,
-    ids=as_name,
-)
-def test_mistakes_in_training_get_a_sentence(
-    options, words, mistakes, micro, monkeypatch, tmp_path
-):
-    if torch.accelerator.is_available() and (options, words) in MACHINE_MISTAKES:
-        pytest.skip("this machine has a GPU")
-    said = refused_training(options, micro, mistakes, tmp_path, monkeypatch)
-    assert re.search(words, said)
-    assert re.match(r"\w+\.py: ", said) and "\n" not in said
+def test_a_batch_must_divide_among_processes(micro_run, monkeypatch):
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    for batch, nearest in ((4, 6), (16, 15)):
+        words = f"--batch {batch} does not fit .* on 3 processes: take --batch {nearest}, or"
+        with pytest.raises(UserError, match=words):
+            train.find_data(train.parse(micro_run + ["--batch", str(batch)]))
 
 
-@pytest.mark.parametrize("options", VALUE_MISTAKES, ids=as_name)
-def test_values_that_are_none_get_a_sentence(
-    options, mistakes, micro, monkeypatch, tmp_path, capsys
-):
-    assert refused_training(options, micro, mistakes, tmp_path, monkeypatch) == 2
-    printed = capsys.readouterr().err  # argparse prints the sentence itself
-    assert f"argument {options[0]}: " in printed and options[1] in printed
-
-
-def test_without_a_compiler_there_is_a_sentence(micro, tmp_path, monkeypatch):
+def test_without_a_compiler_there_is_a_sentence(micro_run, tmp_path, monkeypatch):
     def no_compiler(*args, **options):
         raise RuntimeError("No working C++ compiler found\nand its long explanation")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    words = "--compile does not work on this machine: No working C.. compiler found$"
-    with pytest.raises(SystemExit, match=words):
-        train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "out"), "--compile"])
-    assert not os.path.exists(tmp_path / "out")
+    with pytest.raises(SystemExit, match="--compile does not .*: No working C.. compiler found$"):
+        train.main(micro_run + ["--out", str(tmp_path), "--compile"])
 
 
-# ---------------------------------------------------------------- the other scripts
+# ---------------------------------------------------------------- recipes
 @pytest.mark.parametrize(
-    "module, argv, words",
+    "name, published",
     [
-        ("evaluate", ["absent.pt"], "no checkpoint absent.pt"),
-        ("evaluate", ["text.mp4"], "text.mp4 is not a checkpoint"),
-        ("evaluate", ["run/best.pt", "--root", "/no/where"], "/no/where is not there"),
-        ("evaluate", ["run/best.pt", "--root", "one"], "one has 1 val videos and 1 classes"),
-        ("evaluate", ["run/best.pt", "--data", "hmdb51"], "data/hmdb51 is not there"),
-        ("evaluate", ["run/best.pt", "--predictions", "/no/where/a.csv"], "/no/where/a.csv"),
-        ("evaluate", ["run/best.pt", "a.mp4", "--predictions", "a.csv"], "for a data set, not for"),
-        ("evaluate", ["run/best.pt", "--backbone", "RN50"], "'RN50' is not supported"),
-        ("evaluate", ["run/best.pt", "--views", "3"], "'3' is not CLIPSxCROPS"),
-        ("evaluate", ["run/best.pt", "--batch", "0"], "'0' is not a whole number of at least 1"),
-        ("grid", [], "usage"),
-        ("grid", ["text.mp4", "a.png"], "cannot read text.mp4"),
-        ("grid", ["absent.mp4", "a.png"], "cannot read absent.mp4"),
-        ("grid", ["empty", "a.png"], "cannot read empty"),
-        ("tools.check_data", ["--data", "k400"], "data/k400 is not there"),
-        ("tools.check_data", ["--frames", "0"], "of at least 1"),
-        ("model", ["--backbone", "x"], "no model 'x'"),
-        ("model", ["--backbone", "tiny", "--frames", "0"], "of at least 1"),
-        ("model", ["--backbone", "tiny", "--json", "/no/where/x"], "/no/where/x"),
+        ("ssv2", (5e-4, 60, 0.1, (1, 3), "uniform", 48, True)),
+        ("hmdb51", (3e-2, 50, 0.5, (3, 1), "dense", 16, False)),
+        ("diving48", (7e-4, 50, 0.1, (3, 1), "uniform", 16, False)),
+        ("k400", (1.2e-3, 30, 0, (3, 1), "dense", 32, False)),
     ],
-    ids=as_name,
 )
-def test_other_mistakes_get_a_sentence(module, argv, words, mistakes, monkeypatch, capsys):
-    monkeypatch.chdir(mistakes)
+def test_a_recipe_has_the_published_figures(name, published):
+    args = train.parse(["--data", name])
+    optimisation = (args.lr, args.epochs, args.erasing, args.views)
+    assert (*optimisation, args.sampling, args.frames, args.pre_attention_adapter) == published
+    assert args.batch % 8 == 0 and args.flip == (name != "ssv2")
+    assert (args.augment, args.weight_decay, args.warmup) == ("rand", 0.05, 3)
+
+
+def test_options_overrule_the_recipe_and_help_shows_it(capsys):
+    assert set(train.RECIPES) == set(SOURCES)
+    options = "--data ssv2 --sampling dense --stride 1 2 --flip --erasing 0".split()
+    args = train.parse(options)
+    assert (args.sampling, args.stride, args.flip, args.erasing) == ("dense", (1, 2), True, 0)
+    assert args.epochs == 60  # the others stay the recipe's
+    for name in SOURCES:  # a recipe's values for other methods are no mistake
+        assert train.parse(["--data", name, "--method", "linear"]).bottleneck is None
+    assert train.parse(["--data", "hmdb51"]).out == "runs/hmdb51-split1-dualpath-s0"
+    assert train.parse(["--paths", "temporal"]).out == "runs/demo-dualpath-temporal-s0"
     with pytest.raises(SystemExit) as error:
-        importlib.import_module(module).main(argv)
-    said = error.value.code
-    if not isinstance(said, str):
-        said = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(words, said) and "\n" not in said
-
-
-def test_a_file_that_is_no_video_is_named_and_the_others_are_classified(
-    mistakes, micro, monkeypatch, capsys
-):
-    monkeypatch.chdir(mistakes)
-    good = find_videos("folder", micro).val[0][0]
-    assert evaluate.main(["run/best.pt", "text.mp4", good, "absent.mp4"]) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("cannot read text.mp4: ") and said[1] == good
-    assert said[-1].startswith("cannot read absent.mp4: there is no")
-    assert len(said) == 8  # five classes of the one that can be read
+        train.main(["--data", "ssv2", "--help"])
+    printed = capsys.readouterr().out
+    assert error.value.code == 0 and re.search(r"frames per\s+clip, T\s+\(48\)", printed)

@@ -1,37 +1,63 @@
-"""A run that goes wrong: it stops in time, says why, and leaves what can be continued."""
+"""A run of train.py: what checkpoints hold, that it goes on to the bit, and what ends it."""
 
-import math
+import itertools
+import json
 import os
 import re
 import resource
 import shutil
 import signal
-import sys
-import time
+import types
+from functools import partial
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torch.nn.functional as F
+from timm.models import VisionTransformer, register_model
+from torchvision.models import SwinTransformer
+from torchvision.transforms._presets import ImageClassification
 
 import data
 import evaluate
 import model
 import train
+from adapters import METHODS
 from conftest import (
+    HERE,
+    MICRO_VIT,
     SMALL,
     THOROUGH,
     assert_same_run,
-    children,
+    ends,
     group_is_gone,
     lines,
     micro_set,
+    random_video,
+    randomise,
+    save,
     script,
     start,
+    tiny,
+    untimed,
+    vit_folder,
     wait_for,
 )
-from support import runs
-from support.datasets import find_videos
-from support.runs import read_checkpoint
+from model import load_checkpoint, load_weights, saved_weights
+from support import backbones, runs
+from support.datasets import SPLITS, find_videos
+from support.processes import UserError
+from support.runs import read_checkpoint, write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that `start` starts: sums then have one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def position(out):
@@ -40,272 +66,445 @@ def position(out):
     return training["epoch"], training["step"]
 
 
-# ---------------------------------------------------------------- videos that cannot be read
-def test_broken_training_videos_are_logged_once_and_too_many_stop_the_run(tmp_path):
+# ---------------------------------------------------------------- checkpoints
+# support/fixtures has checkpoints of the first version, of miniatures that are built here.
+FIXTURES = os.path.join(HERE, "support", "fixtures")
+with open(os.path.join(FIXTURES, "expected.json")) as expected:
+    EXPECTED = json.load(expected)
+
+
+@register_model
+def fixture_siglip(
+    pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options
+):
+    """open_clip finds it by its name."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3}
+    model = VisionTransformer(**sizes, **{"class_token": False, "global_pool": "map"} | options)
+    model.default_cfg = model.pretrained_cfg = {}
+    return model
+
+
+@pytest.fixture
+def miniatures(tmp_path, monkeypatch):
+    """The image models of the fixtures, where these look for them."""
+    monkeypatch.chdir(tmp_path)
+    vit_folder("vit", **MICRO_VIT)
+    timm = {"timm_model_name": "fixture_siglip", "timm_pool": "map", "timm_proj": "none"}
+    vit_folder("timm", image_size=32, **timm)
+    weights = types.SimpleNamespace(transforms=partial(ImageClassification, crop_size=32))
+    swin = partial(SwinTransformer, [4, 4], 8, [1, 1], [2, 4], [4, 4], num_classes=5)
+    monkeypatch.setitem(backbones.SWINS, "swin_micro", (swin, weights))
+
+
+@pytest.mark.parametrize("name", EXPECTED["logits"])
+def test_old_checkpoints_give_the_logits_they_gave(name, miniatures):
+    model, content = load_checkpoint(f"{FIXTURES}/{name}.pt")
+    assert "num_frames" in content["model"] and model.config.frames == 16
+    video = np.random.default_rng(7).integers(0, 256, (2, 16, 3, 32, 32)).astype(np.uint8)
+    want = torch.tensor(EXPECTED["logits"][name])
+    torch.testing.assert_close(model(torch.from_numpy(video)), want, rtol=0, atol=1e-5)
+    # An optimiser's state knows parameters by their order.
+    assert list(saved_weights(model)) == list(content["weights"])
+
+
+def test_an_old_run_goes_on(miniatures, tmp_path):
+    micro_set("micro")
+    os.mkdir("run")
+    shutil.copy(f"{FIXTURES}/dualpath_last.pt", "run/last.pt")
+    run = [*SMALL, "--root", "micro", "--backbone", "local-dir:vit", "--pretrained", "none"]
+    options = "--lr 0.05 --amp off --bottleneck 2 --batch 4 --resume --out run".split()
+    train.main(run + options)
+    for old, new in zip(EXPECTED["log"], lines("run"), strict=True):
+        assert new["lr"] == pytest.approx(old["lr"], abs=1e-9)
+        # RandAugment drew otherwise then.
+        assert new["train_loss"] == pytest.approx(old["train_loss"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[{"method": method} for method in METHODS],
+        {"paths": "temporal"},
+        {"pretrained": None},
+        {"method": "st_adapter", "before": "both"},
+    ],
+    ids=str,
+)
+def test_checkpoint_round_trip_gives_identical_logits(options, tmp_path):
+    model = randomise(tiny(**options)).eval()
+    again, content = load_checkpoint(save(model, tmp_path / "a.pt", views=(3, 1)))
+    video = random_video()
+    assert torch.equal(model(video), again(video)) and not again.training
+    assert content["run"]["views"] == (3, 1) and again.config == model.config
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    saves_all = "pretrained" in options or not frozen  # random weights are nowhere else
+    assert (frozen <= content["weights"].keys()) == saves_all
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    save(tiny(method="linear"), path)
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in (0, 100, len(whole) // 2, len(whole) - 1)]
+    somewhere = np.random.default_rng(0).integers(0, len(whole), 1000 if THOROUGH else 20)
+    for place in [0, 40, *somewhere, len(whole) - 1]:
+        damaged.append(bytearray(whole))
+        damaged[-1][place] ^= 1
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="a.pt is not a checkpoint of this project, or is dam"):
+            load_checkpoint(str(path))
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        load_checkpoint(str(tmp_path / "b.pt"))
+
+
+def test_other_image_models_and_unknown_options_are_refused(tmp_path):
+    path, other = save(tiny(), tmp_path / "a.pt"), tmp_path / "other"
+    shutil.copytree(backbones.BACKBONES["tiny"].removeprefix("local-dir:"), other)
+    assert load_checkpoint(path, backbone=f"local-dir:{other}")
+    config = other / "open_clip_config.json"
+    pixels = config.read_text()
+    config.write_text(pixels.replace('"mean": [', '"mean": [0.1, 0.2, 0.3], "was": ['))
+    again = load_checkpoint(path, backbone=f"local-dir:{other}")[0]
+    assert again.visual.normalisation == [[0.5] * 3] * 2  # those of the training
+    config.write_text(pixels)
+    state = safetensors.torch.load_file(other / "open_clip_model.safetensors")
+    state["visual.proj"][3, 5] += 1e-3
+    safetensors.torch.save_file(state, other / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match="other frozen weights"):
+        load_checkpoint(path, backbone=f"local-dir:{other}")
+    content = read_checkpoint(path)
+    with pytest.raises(UserError, match="A_s1.down.weight is not expected"):
+        load_weights(tiny(paths="temporal"), content, path)
+    write_checkpoint(path, content | {"model": content["model"] | {"wings": 2}})
+    with pytest.raises(UserError, match="an option that this version does not know: wings"):
+        load_checkpoint(path)
+    write_checkpoint(path, content | {"format": 2})
+    with pytest.raises(UserError, match="of format 2, and this version reads 1"):
+        load_checkpoint(path)
+
+
+# ---------------------------------------------------------------- cut off and resumed
+@pytest.fixture(scope="module")
+def flawed(tmp_path_factory):
+    """24 training videos, of which one cannot be read."""
+    root = micro_set(tmp_path_factory.mktemp("flawed") / "data", train=24, val=4)
+    open(find_videos("folder", root).train[8][0], "w").close()
+    return root
+
+
+@pytest.fixture
+def run(micro_run, flawed):
+    """Saves before every step, and draws as much by chance as one can."""
+    often = "--save-every 0 --dropout 0.5 --lr 0.1 --batch 8".split()
+    return [*micro_run, "--root", flawed, *often]
+
+
+class Killed(BaseException):
+    """What SIGKILL does, from inside: nothing catches it."""
+
+
+def survives(argv, number, monkeypatch):
+    """Whether the run ends before it would write this file, and die with the half of it written."""
+    replace, calls = os.replace, itertools.count(1)
+
+    def dying(temporary, path):
+        if next(calls) == number:
+            os.truncate(temporary, 100)
+            raise Killed
+        replace(temporary, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        try:
+            train.main(argv)
+        except Killed:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_run_cut_at_any_write_ends_the_same(precision, run, tmp_path, monkeypatch, capsys):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    if precision == "float16":  # on a CPU, with a scaler whose state changes
+        monkeypatch.setattr(train, "autocast_type", lambda *_: torch.float16)
+        scaler = partial(torch.amp.GradScaler, init_scale=2.0**20, growth_interval=2)
+        monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    run = run + ["--amp", "bf16"] * (precision == "bfloat16")
+    train.main(run + ["--out", whole])
+    assert f"1 x cpu, {precision}; " in capsys.readouterr().out
+    assert [line["failed"] for line in lines(whole)] == [1, 1]
+    some = {1: "the run starts afresh", 9: "in epoch 1 after step 2", 21: "in epoch 2 after step 2"}
+    if precision != "float32":
+        del some[1], some[21]
+    for number in itertools.count(1) if THOROUGH else some:
+        shutil.rmtree(parts, ignore_errors=True)
+        if survives(run + ["--out", parts], number, monkeypatch):
+            break
+        capsys.readouterr()
+        train.main(run + ["--out", parts, "--resume"])
+        assert some.get(number, "") in capsys.readouterr().out
+        assert_same_run(whole, parts)
+
+
+def test_a_process_that_is_killed_resumes_to_the_bit(run, tmp_path):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    run = run + ["--epochs", "40" if THOROUGH else "6", "--resume"]
+    for kills in range(1, 20 if THOROUGH else 3):
+        number = (signal.SIGINT, signal.SIGKILL)[kills % 2]
+        process = start(script("train.py"), *run, "--out", parts, "--workers", "1")
+        printed = wait_for(process, "epoch   ")
+        os.killpg(process.pid, number)  # to its workers, too, as a terminal does
+        printed += process.communicate(timeout=60)[0]
+        assert "Traceback" not in printed and "Error" not in printed
+        if number == signal.SIGINT:
+            assert process.returncode == 130
+            assert "train.py: stopped by a signal; --resume continues the run" in printed
+        assert group_is_gone(process)
+        assert kills <= position(parts)[0] < (40 if THOROUGH else 6)
+    for out in (parts, whole):
+        train.main(run + ["--out", out])
+    assert_same_run(whole, parts)
+
+
+def ended_by(number, passes, argv, monkeypatch, main=train.main):
+    """main(argv) gets a signal in a forward pass; passes: of each up to it, is it of training?"""
+    seen, forward = [], model.DualPath.forward
+
+    def signalled(net, video):
+        seen.append(net.training)
+        if seen == passes:
+            os.kill(os.getpid(), number)
+        return forward(net, video)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as error:
+        patch.setattr(model.DualPath, "forward", signalled)
+        main(argv)
+    assert error.value.code == (130 if number == signal.SIGINT else 143) and seen == passes
+
+
+def test_signals_in_steps_and_in_validation(micro_run, tmp_path, monkeypatch, capsys):
+    out, whole = str(tmp_path / "run"), str(tmp_path / "whole")
+    run = micro_run + ["--out", out]
+    train.main(micro_run + ["--out", whole])
+    before = signal.getsignal(signal.SIGTERM)
+    ended_by(signal.SIGTERM, [True, True], run, monkeypatch)  # in the second step
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert position(out) == (0, 2) and lines(out) == []
+    assert "stopped by a signal" in capsys.readouterr().out
+    run.append("--resume")
+    ended_by(signal.SIGINT, [True, True, False, False], run, monkeypatch)
+    assert position(out) == (0, 4) and lines(out) == []
+    ended_by(signal.SIGUSR1, [False, False, True, True, True, True], run, monkeypatch)
+    assert position(out) == (1, 4) and len(lines(out)) == 1  # in the last step of all
+    train.main(run)
+    assert "resumed in epoch 2 after step 4" in capsys.readouterr().out
+    assert_same_run(whole, out)
+    options = [f"{out}/last.pt", "--workers", "0", "--batch", "3", "--device", "cpu"]
+    ended_by(signal.SIGTERM, [False, False], options, monkeypatch, evaluate.main)
+
+
+# ---------------------------------------------------------------- the folder of a run
+def test_a_run_is_not_overwritten_by_accident(micro_run, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    last, best, result = f"{out}/last.pt", f"{out}/best.pt", f"{out}/best.folder.json"
+    run = micro_run + ["--out", out, "--epochs", "1"]
+    train.main(run + ["--resume"])
+    printed = capsys.readouterr().out
+    assert f"note: there is no {last} to resume from, so the run starts afresh" in printed
+    line = r"epoch   1   loss 2\.\d{3}   top-1 \d+\.\d\d %   top-5 \d+.*clips/s   \d+ s\nbest "
+    assert re.search(line, printed)
+    ends(run, "run holds a run already: --resume continues it, --overwrite deletes it, --out DIR")
+    mine = [f"{out}/{name}" for name in ("mine.txt", "log.txt", "best.mp4", "last.png")]
+    for name in mine:
+        open(name, "w").close()
+    evaluate.main([best, "--workers", "0"])
+    ends(run + ["--overwrite", "--root", "/no/where"], "/no/where")  # which deletes nothing
+    assert os.path.exists(last) and os.path.exists(result)
+    train.main(run + ["--overwrite", "--seed", "1"])
+    assert all(map(os.path.exists, mine)) and not os.path.exists(result)
+    assert len(lines(out)) == 1 and read_checkpoint(last)["run"]["seed"] == 1
+    shutil.copy(best, last)
+    ends(run + ["--resume", "--seed", "1"], "last.pt holds weights only, .*--init")
+    os.remove(last)
+    ends(run + ["--resume"], "holds a run already: no last.pt to resume from, --overwrite")
+
+
+def test_what_differs_from_the_run_is_named(micro_run, micro, tmp_path):
+    out = str(tmp_path / "run")
+    run = micro_run + ["--out", out, "--epochs", "1", "--resume"]
+    train.main(run)
+    longer = "--epochs was 1; the learning rate falls over all epochs.* --init .*last.pt"
+    ends(run + ["--epochs", "9"], longer)
+    ends(run + ["--method", "aim"], "holds another run: --method was dualpath$")
+    options = ["--lr", "1", "--bottleneck", "4"]
+    ends(run + options, "--bottleneck was None; --lr was 0.001$")
+    ends(run + ["--limit", "8"], f"--limit was None; {micro} has other training videos")
+    other = shutil.copytree(micro, tmp_path / "other")
+    for split in SPLITS:
+        os.rename(other / split / "up_vertical", other / split / "a_class")
+    ends(run + ["--root", str(other)], f"{other} has other classes")
+    content = read_checkpoint(f"{out}/last.pt")
+    del content["run"]["before"], content["run"]["crop_area"], content["model"]["before"]
+    write_checkpoint(f"{out}/last.pt", content)  # as if these options were younger
+    ends(run + ["--crop-area", "0.5"], "--crop-area was 0.08$")
+    train.main(run + ["--workers", "1", "--micro-batch", "3"])
+    assert runs.MAY_CHANGE <= vars(train.parse([])).keys()
+
+
+# ---------------------------------------------------------------- what goes wrong
+def failed(out):
+    with open(f"{out}/failed.txt", errors="surrogateescape") as file:
+        return file.read().splitlines()
+
+
+def test_broken_videos_are_listed_and_too_many_end_the_run(micro_run, tmp_path, capsys):
     root = micro_set(tmp_path / "data", train=40)
+    run = micro_run + ["--root", root]
     paths = [path for path, _ in find_videos("folder", root).train]
     odd = os.path.join(os.path.dirname(paths[3]), os.fsdecode(b"caf\xe9.mp4"))
     os.rename(paths[3], odd)
-    for bad in (odd, paths[20]):
-        open(bad, "w").close()
-
-    # 2 of 40 are 5 %, and they may be.
-    train.main(SMALL + ["--root", root, "--out", str(tmp_path / "run")])
-    assert [line["failed"] for line in lines(tmp_path / "run")] == [2, 2]
-    with open(tmp_path / "run/failed.txt", errors="surrogateescape") as file:
-        logged = file.read().splitlines()
-    assert len(logged) == 2
-    assert all(any(bad in line for line in logged) for bad in (odd, paths[20]))
-
+    bad = [odd, paths[20], find_videos("folder", root).val[2][0]]
+    for path in bad:
+        open(path, "w").close()
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    train.main(run + ["--out", one])
+    # 2 of 40 are 5 %, and they may be. An epoch lists each once.
+    assert [(line["failed"], line["val_failed"]) for line in lines(one)] == 2 * [(2, 1)]
+    assert len(failed(one)) == 6
+    assert all(sum(path in line for line in failed(one)) == 2 for path in bad)
+    evaluate.main([f"{one}/last.pt", "--workers", "0"])
+    printed = capsys.readouterr().out
+    assert "2 + 1 unreadable, see failed.txt" in printed
+    assert "1 videos could not be read and count as wrong" in printed and bad[2] in printed
+    with open(f"{one}/last.folder.json") as file:
+        assert json.load(file)["unreadable"] == bad[2:]
     open(paths[30], "w").close()
     words = "3 training videos could not be read in epoch 1, .* above 5%.*two/failed.txt lists them"
-    with pytest.raises(SystemExit, match=words):
-        train.main(SMALL + ["--root", root, "--out", str(tmp_path / "two"), "--epochs", "1"])
-    with open(tmp_path / "two/failed.txt", errors="surrogateescape") as file:
-        assert len(file.readlines()) == 3
+    ends(run + ["--out", two], words)
+    assert len(failed(two)) == 3
 
 
-def test_data_that_is_all_unreadable_stops_the_run(micro, tmp_path):
-    root, out = str(tmp_path / "data"), str(tmp_path / "run")
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_data_that_is_all_unreadable_ends_the_run(workers, micro, micro_run, tmp_path):
+    root = str(tmp_path / "data")
     shutil.copytree(micro, root)
-    videos = find_videos("folder", root).train
-    for path, _ in videos:
+    for path, _ in find_videos("folder", root).train:
         open(path, "w").close()
-    with pytest.raises(SystemExit, match="could not be read"):
-        train.main(SMALL + ["--root", root, "--out", out])
-    with open(f"{out}/failed.txt") as file:
-        assert len(file.readlines()) == len(videos)
+    options = ["--root", root, "--out", str(tmp_path / "run"), "--workers", workers]
+    words = r"^train.py: ten videos, one after the other, are unreadable: cannot read .*\.mp4"
+    ends(micro_run + options, words)
 
 
-# ---------------------------------------------------------------- numbers that are none
-def test_a_loss_that_is_not_finite_stops_the_run(micro, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run(micro_run, tmp_path):
     out = str(tmp_path / "run")
-    with pytest.raises(SystemExit, match="the loss of step 2 of epoch 1 is not finite") as error:
-        train.main(SMALL + ["--root", micro, "--out", out, "--lr", "1e30", "--warmup", "0"])
-    videos = find_videos("folder", micro).train  # the second step's clips, by their paths
-    named = error.value.code.split("the step's clips: ")[1].split(", ")
-    assert named == [videos[i][0] for _, i in train.batches(16, 0, 8)[1]]
+    options = ["--out", out, "--lr", "1e30", "--warmup", "0"]
+    words = "a loss in steps 1 to 4 of epoch 1 is not finite, .*try a lower --lr, or --clip-grad 1$"
+    ends(micro_run + options, words)
     assert position(out) == (0, 0)  # as it was before
-
-
-def test_weights_that_are_not_finite_are_not_saved(micro, tmp_path, monkeypatch):
-    out, step = str(tmp_path / "run"), torch.optim.AdamW.step
-
-    def spoils(self, *args, **kwargs):
-        step(self, *args, **kwargs)
-        self.param_groups[0]["params"][0].data[0] = math.inf
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", spoils)
-    with pytest.raises(SystemExit, match="weights are not finite any more"):
-        # Its one step has a finite loss.
-        train.main(SMALL + ["--root", micro, "--out", out, "--limit", "8"])
+    # With one step, the loss is finite: the weights it makes are not.
+    words = "weights are not finite any more, .*try a lower --lr"
+    ends(micro_run + options + ["--overwrite", "--limit", "4", "--lr", "1e39"], words)
     assert position(out) == (0, 0)
 
 
-def test_steps_that_fp16_skips_are_counted_and_shown(micro, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "autocast_type", lambda *_: torch.float16)
-    scaler = torch.amp.GradScaler
-
-    def overflowing_once(*args, **kwargs):
-        return scaler(*args, init_scale=2.0**127, backoff_factor=2.0**-126, **kwargs)
-
-    monkeypatch.setattr(torch.amp, "GradScaler", overflowing_once)
-    options = ["--root", micro, "--out", str(tmp_path / "run"), "--method", "linear"]
-    train.main(SMALL + options + ["--limit", "8"])
-    assert [line["skipped"] for line in lines(tmp_path / "run")] == [1, 1]
-    assert "1 steps skipped" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- signals
-@pytest.mark.parametrize(
-    "number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
-)
-def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint_and_no_orphans(
-    number, status, micro, tmp_path
-):
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(micro_run, tmp_path):
     out = str(tmp_path / "run")
-    options = ["--root", micro, "--out", out, "--workers", "2", "--epochs", "1000"]
-    process = start(script("train.py"), *SMALL, *options)
-    wait_for(process, "epoch   2")
-    started = time.monotonic()
-    os.killpg(process.pid, number)  # to the workers, too, as a terminal and Slurm do
-    printed = process.communicate(timeout=30)[0]
-    assert process.returncode == status and time.monotonic() - started < 30
-    assert "train.py: stopped by a signal; --resume continues the run" in printed
-    assert "Traceback" not in printed and "Error" not in printed
-    assert position(out)[0] >= 2
-    assert group_is_gone(process)
-
-
-class Signals:
-    """Sends SIGTERM to this process in a chosen forward pass of the model."""
-
-    def __init__(self, monkeypatch):
-        self.seen = []  # for each forward pass whether it is one of training
-        self.after = None  # the passes after which to send it
-        images = model.DualPath.patches
-
-        def signalled(net, *args):
-            self.seen.append(net.training)
-            if self.seen == self.after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return images(net, *args)
-
-        monkeypatch.setattr(model.DualPath, "patches", signalled)
-
-    def end(self, main, argv, after):
-        """main(argv) is ended by a signal after these passes of this and earlier calls."""
-        self.after = after
-        with pytest.raises(SystemExit) as error:
-            main(argv)
-        assert error.value.code == 143
-        self.after = None
-
-
-def test_signals_in_a_step_in_validation_and_in_evaluation(micro, tmp_path, monkeypatch, capsys):
-    out, whole = str(tmp_path / "run"), str(tmp_path / "whole")
-    run = SMALL + ["--root", micro, "--out", out, "--batch", "4"]
-    train.main(run + ["--out", whole])
-    signals = Signals(monkeypatch)
-    before = signal.getsignal(signal.SIGTERM)
-
-    signals.end(train.main, run, after=[True, True])  # in the second step
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert position(out) == (0, 2) and lines(out) == []
-
-    # In the second batch of the validation.
-    signals.end(train.main, run + ["--resume"], after=[True, True, True, True, False, False])
-    printed = capsys.readouterr().out
-    assert "resumed after epoch 0 and 2 steps" in printed
-    assert "validating: 4 of 8 videos were done" in printed
-    assert position(out) == (0, 4) and lines(out) == []
-
-    train.main(run + ["--resume"])
-    assert "resumed after epoch 0 and 4 steps" in capsys.readouterr().out
-    assert_same_run(whole, out)
-
-    signals.seen.clear()
-    options = [f"{out}/last.pt", "--workers", "0", "--batch", "3"]
-    signals.end(evaluate.main, options, after=[False, False])
-    assert "evaluating: 3 of 8 videos were done" in capsys.readouterr().out
-
-
-def test_a_second_ctrl_c_does_not_wait_for_the_step(micro, tmp_path, monkeypatch):
-    out, images, calls = str(tmp_path / "run"), model.DualPath.patches, []
-
-    def impatient(*args):
-        calls.append("begins")
-        os.kill(os.getpid(), signal.SIGINT)
-        if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        calls.append("goes on")
-        return images(*args)
-
-    monkeypatch.setattr(model.DualPath, "patches", impatient)
-    with pytest.raises(SystemExit) as error:
-        train.main(SMALL + ["--root", micro, "--out", out])
-    assert error.value.code == 130 and calls == ["begins"]
-    assert position(out) == (0, 0)
-
-
-def test_a_signal_while_the_epochs_checkpoint_is_written_is_not_lost(micro, tmp_path, monkeypatch):
-    saves, original = [], runs.save_checkpoint
-
-    def signalled(path, *args):
-        original(path, *args)
-        saves.append(path)
-        if len(saves) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(runs, "save_checkpoint", signalled)
-    with pytest.raises(SystemExit) as error:
-        train.main(SMALL + ["--root", micro, "--out", str(tmp_path / "run")])
-    assert error.value.code == 143 and len(saves) == 2
-
-
-# ---------------------------------------------------------------- the machine
-def test_a_dead_data_worker_ends_the_run_with_a_sentence(micro, tmp_path, monkeypatch, capsys):
-    original = data.TrainingClips.__getitem__
-
-    def dies(self, item):
-        if item[0] == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, item)
-
-    run = SMALL + ["--root", micro, "--out", str(tmp_path / "run"), "--workers", "2"]
-    words = "a process that reads videos has died.*--workers.*DataLoader worker"
-    with monkeypatch.context() as patch:
-        patch.setattr(data.TrainingClips, "__getitem__", dies)
-        with pytest.raises(SystemExit, match=words):
-            train.main(run)
-    train.main(run + ["--resume"])
-    assert "resumed after epoch 1 and 0 steps" in capsys.readouterr().out
-    assert len(lines(tmp_path / "run")) == 2
-
-
-def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(micro, tmp_path):
-    out, other = str(tmp_path / "run"), str(tmp_path / "other")
-    run = SMALL + ["--root", micro, "--out", out]
-    train.main(run + ["--limit", "8", "--epochs", "1", "--out", other])
-    assert os.path.getsize(f"{other}/best.pt") < 400_000
-    assert 900_000 < os.path.getsize(f"{other}/last.pt")
     smaller = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # What last.pt holds at the start fits; the optimiser's state comes with the first step.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, smaller[1]))
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, smaller[1]))
-        words = "train.py: cannot write .*last.pt, which stays as it was: File too large"
-        with pytest.raises(SystemExit, match=words):
-            train.main(run)
-        assert os.listdir(out) == []
-        # The optimiser's state comes with the first step.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, smaller[1]))
-        with pytest.raises(SystemExit, match="train.py: cannot write .*last.pt"):
-            train.main(run)
+        words = "cannot write .*last.pt, which stays as it was: File too large"
+        ends(micro_run + ["--out", out], words)
         assert position(out) == (0, 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, smaller)
-    train.main(run + ["--resume"])
+    assert sorted(os.listdir(out)) == ["last.pt", "log.jsonl"]
+    train.main(micro_run + ["--out", out, "--resume"])
     assert len(lines(out)) == 2
 
 
-def open_files_and_memory():
-    """[open files], [kB of memory] of this process and of its children."""
-    files, memory = [], []
-    for number in [os.getpid(), *children(os.getpid())]:
-        files.append(sum(1 for _ in os.scandir(f"/proc/{number}/fd")))
-        with open(f"/proc/{number}/status") as status:
-            memory.append(int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]))
-    return files, memory
+# ---------------------------------------------------------------- training and evaluation
+def test_the_options_reach_clips_and_views(micro_run, tmp_path, monkeypatch):
+    made = []
 
+    def recorded(original):
+        def make(*args, **options):
+            made.append((original(*args, **options), options))
+            return made[-1][0]
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into Linux's /proc")
-def test_memory_and_files_stay_as_they_are(micro, tmp_path, monkeypatch):
-    number = 2000 if THOROUGH else 60  # steps
-    videos = [path for path, _ in find_videos("folder", micro).train]
-    listed = [f'"{videos[i % 16]}" {i % 2}\n' for i in range(8 * number)]
-    (tmp_path / "train.txt").write_text("".join(listed))
-    listed = [f'"{path}" {i % 2}\n' for i, path in enumerate(videos)]
-    (tmp_path / "val.txt").write_text("".join(listed))
+        return make
 
-    samples, must_stop = [], runs.Run.must_stop
-
-    def sampled(self, *args, **kwargs):
-        if (self.step + 1) % (number // 20) == 0:
-            samples.append(open_files_and_memory())
-        return must_stop(self, *args, **kwargs)
-
-    monkeypatch.setattr(runs.Run, "must_stop", sampled)
+    for module, name in ((train, "TrainingClips"), (train, "VideoViews"), (evaluate, "VideoViews")):
+        monkeypatch.setattr(module, name, recorded(getattr(data, name)))
     options = (
-        "--data list --backbone tiny --frames 16 --spatial-frames 1 --batch 8 --epochs 1"
-        " --workers 2 --sampling dense --stride 1 --save-every 0.1"
+        "--stride 1 2 --no-flip --erasing 0.5 --crop-area 0.25 --test-stride 3 --views 3x2"
+        " --augment crop --seed 5 --epochs 1 --limit 8"
     ).split()
-    train.main([*options, "--root", str(tmp_path), "--out", str(tmp_path / "run")])
-    assert len(samples) == 20
-    assert len({len(files) for files, _ in samples}) == 1  # the same processes to the end
-    files, memory = np.array(samples).transpose(1, 0, 2)  # (20, processes) each
-    assert files.shape[0] == 20 and files.shape[1] >= 3  # this process, two workers, torch's own
-    # Clips on their way from the workers are files, too: a few more or fewer at any moment.
-    assert (files[-5:].min(axis=0) <= files[2:5].max(axis=0)).all()
-    growth = memory[-5:].mean(axis=0) / memory[5:10].mean(axis=0)
-    megabytes = memory[-1] // 1024
-    print(f"after {number} steps: {files[-1]} files, {megabytes} MB, {growth} times a third's")
-    assert (growth < (1.05 if THOROUGH else 1.3)).all()
+    train.main(micro_run + ["--out", str(tmp_path), *options])
+    evaluate.main([f"{tmp_path}/best.pt", "--workers", "0", "--limit", "4"])
+    (clips, transform), (validation, _), (evaluation, _) = made
+    assert (clips.num_frames, clips.sampling, clips.strides, clips.seed) == (16, "dense", (1, 2), 5)
+    assert transform == {"flip": False, "erasing": 0.5, "crop_area": 0.25}
+    assert (len(clips), len(validation), len(evaluation)) == (8, 8, 4)
+    for views, num_clips, num_crops in ((validation, 1, 1), (evaluation, 3, 2)):
+        clip = views.clips[-1].keywords
+        assert (clip["num_frames"], clip["sampling"], clip["stride"]) == (16, "dense", 3)
+        assert (len(views.clips), views.crops) == (num_clips, num_crops)
+
+
+def test_micro_batches_give_the_same_step(micro_run, tmp_path):
+    states = []
+    for options in ("--seed 0", "--micro-batch 3"):
+        out = str(tmp_path / options)
+        one_epoch = "--dropout 0 --epochs 1 --clip-grad 0.001 --batch 8".split()
+        train.main(micro_run + ["--out", out, *one_epoch, *options.split()])
+        states.append(read_checkpoint(f"{out}/last.pt")["training"]["optimizer"]["state"])
+    averages = [state["exp_avg"] for state in states[0].values()]
+    norm = torch.nn.utils.get_total_norm(averages)
+    assert 1e-5 < norm <= 0.001 * (1 - 0.9**2) + 1e-7  # of two steps
+    for a, b in zip(states[0].values(), states[1].values(), strict=True):
+        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-3, atol=1e-8)
+
+
+def test_every_step_drops_others(micro_run, tmp_path, monkeypatch):
+    seeds, dropout = [], F.dropout
+
+    def recorded(*args, **options):
+        seeds.append(torch.initial_seed())
+        return dropout(*args, **options)
+
+    monkeypatch.setattr(F, "dropout", recorded)
+    train.main(micro_run + ["--out", str(tmp_path / "run")])
+    assert len(set(seeds)) == 8
+
+
+def test_options_for_speed_change_no_result(micro_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    frames, logs = torch._dynamo.utils.counters["frames"], []
+    for option in ("--seed 0", "--checkpoint-activations", "--compile"):
+        torch.compiler.reset()
+        frames.clear()
+        out = str(tmp_path / option)
+        train.main(micro_run + ["--out", out, "--epochs", "1", "--limit", "8", *option.split()])
+        assert (frames["ok"] > 1) == (option == "--compile")
+        logs += untimed(out)
+    torch.compiler.reset()
+    plain, checkpointed, compiled = logs
+    assert plain == checkpointed
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
+
+
+def test_init_starts_from_other_weights_with_a_new_head(micro, tmp_path):
+    first = save(randomise(tiny(num_classes=3, bottleneck=None)), tmp_path / "a.pt")
+    weights = read_checkpoint(first)["weights"]
+    init = [*SMALL, "--root", micro, "--init", first, "--limit", "8", "--epochs", "1"]
+    ends(init + ["--pre-attention-adapter"], "does not fit this dualpath.*missing")
+    run = init + ["--out", str(tmp_path / "run"), "--lr", "0"]
+    train.main(run)
+    for name, weight in read_checkpoint(tmp_path / "run/last.pt")["weights"].items():
+        assert name.startswith("head.") or torch.equal(weight, weights[name])
+    assert read_checkpoint(tmp_path / "run/last.pt")["weights"]["head.2.bias"].shape == (8,)
+    os.remove(first)  # it is not needed to resume
+    train.main(run + ["--resume"])

@@ -1,146 +1,244 @@
 """Train and test methods x folds x seeds, and write the table of their accuracies.
 
-    python -m tools.compare --data list --root 'ut/fold*' --method dualpath aim linear --seed 0 1 \\
-        --set linear lr=0.1 --jobs 2 --results results -- --epochs 20 --views 1x1
+    python -m tools.compare --data list --root ut/fold* --method dualpath aim linear --seed 0 1 \\
+        --set linear lr=0.1 --jobs 2 -- --epochs 20 --views 1x1
 
 What follows -- is passed to train.py, in all runs. Several roots are folds of one data set, whose
 validation videos are pooled. A row can be a variant of a method:
 
     --method dualpath spatial=dualpath --set spatial 'paths=spatial lr=0.01'
 
-Runs are ordinary ones of train.py, tested after their last epoch. Started again, the same command
-resumes those that were cut off. What a finished run predicts is a small file in --results, which is
-read first: with that folder a comparison goes on in another checkout.
+A run is a folder RUNS/ROW-FOLD-sSEED, made by train.py and, after the last epoch, evaluate.py. One
+that has its predictions.csv is done: the same command, started again, goes on where it was.
+RUNS/table.md and table.csv hold the table.
 """
 
 import argparse
-import glob
+import csv
+import itertools
 import os
 import re
 import shlex
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from statistics import mean, stdev
+from typing import NamedTuple
 
+import numpy as np
+import torch
+
+import evaluate
 import train
-from adapters import METHODS
-from support import options
-from support.datasets import digest, find_videos
+from support.datasets import find_videos
+from support.options import natural, positive_int
 from support.processes import UserError, on_signals, one_sentence
-from tools.jobs import Job, Runner, cores_each, digests_of_files, is_done
-from tools.results import accuracy, group_of, table_of, write_table
+from tools.report import table
+
+RESAMPLES = 10_000  # of a bootstrap
 
 
 # ---------------------------------------------------------------- which runs there are
-def find_folds(args):
-    """({root: its Videos}, the folder that holds all roots)."""
-    roots = []
-    for pattern in args.root or [os.path.join("data", args.data)]:
-        roots += sorted(glob.glob(pattern)) or [pattern]
-    for_all = train.parse(["--data", args.data, *args.options])
-    folds = {}
-    for root in roots:
-        videos = find_videos(args.data, root, for_all.split)
-        folds[root] = videos._replace(val=videos.val[: for_all.limit])
-    return folds, os.path.commonpath([os.path.abspath(root) for root in roots])
+class Run(NamedTuple):
+    row: str  # of the table
+    seed: int
+    root: str
+    words: list  # the other options of train.py
+    folder: str
+    tests: dict  # {name of a CSV file: column of the table}
+
+    @property
+    def is_done(self):
+        return all(os.path.exists(f"{self.folder}/{test}.csv") for test in self.tests)
 
 
-def check_questions(args, folds, base):
-    """UserError if the table could not be made: better now than after the training."""
-    classes = next(iter(folds.values())).classes
-    seen = set()
-    for root, videos in folds.items():
-        if videos.classes != classes:
-            raise UserError(f"{root} has other classes than the first root: they are no folds")
-        paths = {os.path.relpath(path, base) for path, _ in videos.val}
-        twice = seen & paths
-        if twice:
-            raise UserError(f"{min(twice)} is validated in two folds, and may count once")
-        seen |= paths
-    for path in sorted(seen) if args.group else []:
-        if group_of(path, args.group) is None:
-            raise UserError(f"--group {args.group.pattern} finds nothing in {path}")
-    if args.leave_out and all(map(args.leave_out.search, seen)):
-        raise UserError(f"--leave-out {args.leave_out.pattern} leaves no video")
-    listed = sorted(name for names in args.among or [] for name in names)
-    if listed and (listed != sorted(classes) or len(listed) > 5):  # of which the scores are kept
-        raise UserError(
-            f"--among names {', '.join(listed)}; it must name each class once, of five at most:"
-            f" {', '.join(classes)}"
-        )
+def plan(args):
+    """All runs, one seed after the other, so that whole rows come early.
+
+    UserError if a folder holds, or would hold, another run as well.
+    """
+    runs = {}
+    for seed, root, (row, method) in itertools.product(args.seed, args.root, args.method):
+        words = ["--data", args.data, "--method", method, "--seed", str(seed), *args.options]
+        for word in " ".join(text for name, text in args.set if name == row).split():
+            words.append(word if word[0].isdigit() else f"--{word}")
+        train.parse(words)  # exits if there is no such option: better now than in a run
+        folder = f"{args.runs}/{row}-{os.path.basename(os.path.normpath(root))}-s{seed}"
+        if folder in runs:
+            raise UserError(f"two runs would share {folder}: seeds, rows or roots are alike")
+        runs[folder] = Run(row, seed, root, words, folder, args.tests)
+        file = f"{folder}/options.txt"
+        if os.path.exists(file):
+            with open(file) as written:
+                was = written.read().strip()
+            if was != shlex.join(words):
+                raise UserError(
+                    f"{folder} is a run with the options {was}, not {shlex.join(words)}: delete it,"
+                    " or choose other --runs"
+                )
+    return list(runs.values())
 
 
-def plan(args, folds, base):
-    """All jobs, one seed after the other, so that whole rows come early."""
-    jobs = []
-    for seed in args.seed:
-        for root, videos in folds.items():
-            for row, method in args.method:
-                jobs.append(new_job(args, row, method, seed, root, videos, base))
-    names = [job.name for job in jobs]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UserError(
-            f"two runs would be called {min(twice)}: seeds, rows and the last folders of roots must"
-            " differ"
-        )
-    return jobs
+# ---------------------------------------------------------------- making them
+def commands(run):
+    """What a user would type: train.py, then evaluate.py, once more for shuffled frames."""
+    yield [train.__file__, *run.words, "--root", run.root, "--out", run.folder, "--resume"]
+    options = vars(train.parse(run.words))
+    same = [name for name in ("amp", "device", "limit", "workers") if options[name] is not None]
+    for test in run.tests:
+        words = [f"--{name}={options[name]}" for name in same]
+        if test == "shuffled":
+            words.append("--shuffled")
+        file = f"{run.folder}/{test}.part"
+        yield [evaluate.__file__, f"{run.folder}/last.pt", "--predictions", file, *words]
 
 
-def new_job(args, row, method, seed, root, videos, base):
-    words = ["--workers", str(cores_each(args.jobs) - 1)]  # besides the process that trains
-    words += ["--data", args.data, "--root", root, "--method", method, "--seed", str(seed)]
-    for_all = train.parse(words + args.options)
-    words += args.options + args.row_options.get(row, [])
-    parsed = train.parse(words)
-    planned = {"data": args.data, "root": root, "method": method, "seed": seed}
-    planned |= {"split": for_all.split, "limit": for_all.limit}
-    for name, value in planned.items():
-        if getattr(parsed, name) != value:
-            raise UserError(f"--{name} of {row} must be {value}, not {getattr(parsed, name)}")
-    name = f"{row}-{os.path.basename(os.path.normpath(root))}-s{seed}"
-    result = os.path.join(args.results, name)
-    shuffled = f"{result}.shuffled.csv" if args.shuffled else None
-    return Job(
-        row=row,
-        seed=seed,
-        words=words,
-        root=root,
-        fold=os.path.relpath(root, base),
-        classes={os.path.relpath(path, root): videos.classes[c] for path, c in videos.val},
-        digests={"training videos": digest(videos.train[: parsed.limit])}
-        | digests_of_files(parsed),
-        folder=os.path.join(args.runs, name),
-        result=f"{result}.csv",
-        shuffled=shuffled,
-    )
+def make(run, environment, signals):
+    """One run, in processes that end after a signal; what they print goes to output.txt."""
+    if signals:
+        return
+    os.makedirs(run.folder, exist_ok=True)
+    with open(f"{run.folder}/options.txt", "w") as file:
+        file.write(f"{shlex.join(run.words)}\n")
+    with open(f"{run.folder}/output.txt", "a") as output:
+        to_output = {"stdout": output, "stderr": subprocess.STDOUT}
+        for command in commands(run):
+            process = subprocess.Popen([sys.executable, *command], env=environment, **to_output)
+            while process.poll() is None:
+                time.sleep(0.1)
+                if signals:
+                    process.terminate()  # train.py saves first
+                    process.wait()
+            if process.returncode:
+                outcome = "is stopped" if signals else "has failed"
+                print(f"{run.folder} {outcome}, see {output.name}", flush=True)
+                return
+    for test in run.tests:
+        os.replace(f"{run.folder}/{test}.part", f"{run.folder}/{test}.csv")
+    print(f"{run.folder} is done", flush=True)
 
 
-def run_all(jobs, jobs_at_once):
-    """A line for each run that ends. Returns what went wrong, in sentences."""
-    failures, start = [], time.perf_counter()
-    with Runner(jobs_at_once) as runner:
-        for i, (job, result, error) in enumerate(runner.do_all(jobs), 1):
-            outcome = f"failed: {error}"
-            if error is None:
-                outcome = f"top-1 {100 * accuracy(result.answers):.1f} %"
-            else:
-                failures.append(f"{job.name}: {error}")
-            minutes = (time.perf_counter() - start) / 60 / i * (len(jobs) - i)
-            to_go = f"{i} of {len(jobs)}, about {minutes:.0f} minutes to go"
-            print(f"{job.name:32s} {outcome}   {to_go}", flush=True)
-    return failures
+def make_all(runs, at_once):
+    """Share cores and GPUs among the runs. A signal stops all of them, and the program."""
+    gpus = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", gpus).split(",")
+    threads, signals = str(max(1, os.cpu_count() // at_once)), []
+    environments = [
+        os.environ | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus
+    ]
+    with on_signals(signals.append), ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(make, runs, itertools.cycle(environments), itertools.repeat(signals)))
+    if signals:
+        print("the same command goes on where it was", flush=True)
+        sys.exit(signals[0])
+
+
+# ---------------------------------------------------------------- accuracies and differences
+def read_predictions(path):
+    """evaluate.py's file → {video: (label, classes, the likeliest first)}."""
+    with open(path, newline="", errors="surrogateescape") as file:
+        return {
+            line["video"]: (line["label"], [line.get(f"class{i}") for i in range(1, 6)])
+            for line in csv.DictReader(file)
+        }
+
+
+def is_right(label, classes, sets=None):
+    """Is the likeliest class the label's? Of sets of classes, only the label's own set counts."""
+    if sets:
+        own = [names for names in sets if label in names]
+        if len(own) != 1:
+            raise UserError(f"--among has {label!r} {len(own)} times, and must have it once")
+        classes = [name for name in classes if name in own[0]]
+    return classes[:1] == [label]  # an unreadable video has none
+
+
+def judge(runs, args):
+    """Of the runs of one row → {column of the table: {seed: {video: is it right?}}}."""
+    columns = {}
+    for run, (test, name) in itertools.product(runs, args.tests.items()):
+        answers = read_predictions(f"{run.folder}/{test}.csv")
+        right = {video: is_right(*answer) for video, answer in answers.items()}
+        found = {name: right}
+        if args.among:
+            within = {video: is_right(*answer, args.among) for video, answer in answers.items()}
+            found[f"{name}, within its set"] = within
+        if args.leave_out:
+            kept = {video: right[video] for video in right if not args.leave_out.search(video)}
+            found[f"{name}, without some"] = kept
+        for column, videos in found.items():
+            columns.setdefault(column, {}).setdefault(run.seed, {}).update(videos)
+    return columns
+
+
+def difference(first, other, group):
+    """Of two rows' top-1 over the same videos and seeds, in points, with a 95 % interval, as text.
+
+    first, other: {seed: {video: is it right?}}. The interval is a bootstrap's over groups, since
+    videos of one group are right and wrong together. group: what this expression finds in a path
+    names the group (its own groups, if it has any).
+    """
+    groups = {}
+    for seed, videos in first.items():
+        if videos.keys() != other[seed].keys():
+            raise UserError("rows were tested on different videos: delete the runs on the old list")
+        for video, right in videos.items():
+            found = group.search(video)
+            if not found:
+                raise UserError(f"--group finds nothing in {video}")
+            points = 100 * (right - other[seed][video])
+            groups.setdefault(found.groups() or found[0], []).append(points)
+    sums = np.array([sum(points) for points in groups.values()])
+    sizes = np.array([len(points) for points in groups.values()])
+    rng, resampled = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(len(sums), size=len(sums))
+        resampled.append(sums[drawn].sum() / sizes[drawn].sum())
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return f"{sums.sum() / sizes.sum():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def rows_of(runs, args):
+    """The table, as dicts of text: mean ± standard deviation over seeds, and each seed's.
+
+    A method has its row once all of its runs are done.
+    """
+    rows, first = [], None
+    for name, _ in args.method:
+        own = [run for run in runs if run.row == name]
+        if not all(run.is_done for run in own):
+            continue
+        columns, row = judge(own, args), {"method": name}
+        for column, seeds in columns.items():
+            each = [100 * mean(videos.values()) for videos in seeds.values()]
+            row[column] = f"{mean(each):.1f}"
+            if len(each) > 1:
+                row[column] += f" ± {stdev(each):.1f} ({', '.join(f'{p:.1f}' for p in each)})"
+        right = columns["top-1, %"]
+        first = first or (name, right)
+        compared = "–" if right is first[1] else difference(first[1], right, args.group)
+        rows.append(row | {f"{first[0]} − this (95 %)": compared})
+    return rows
+
+
+def write_table(rows, folder):
+    """Print the rows, and write them to table.md and table.csv."""
+    text = "\n".join(table(rows))
+    print(text)
+    with open(f"{folder}/table.md", "w") as file:
+        file.write(f"{text}\n")
+    with open(f"{folder}/table.csv", "w", newline="") as file:
+        lines = csv.DictWriter(file, rows[0], lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
 
 
 # ---------------------------------------------------------------- as a script
 def method_row(text):
-    """METHOD, or NAME=METHOD for a variant → (name, method)."""
-    name, _, method = text.rpartition("=")
-    if method not in METHODS:
-        methods = ", ".join(METHODS)
-        raise argparse.ArgumentTypeError(f"{method!r} is no method; the methods are {methods}")
-    if "/" in name:
-        raise argparse.ArgumentTypeError(f"{name!r} names files, so it may have no slash")
-    return name or method, method
+    """METHOD, or ROW=METHOD for a variant → (row, method)."""
+    row, _, method = text.rpartition("=")
+    return row or method, method
 
 
 def expression(text):
@@ -150,83 +248,51 @@ def expression(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
 
 
-def class_names(text):
-    return [name.strip() for name in text.split(",")]
-
-
-def words_of(text):
-    """'lr=0.05 stride=1 2 serial-skip' → ['--lr', '0.05', '--stride', '1', '2', …]"""
-    words = []
-    for part in shlex.split(text):
-        if part[:1].isdigit():  # one more value of the option before it
-            words.append(part)
-            continue
-        name, equals, value = part.partition("=")
-        words.append(f"--{name.replace('_', '-')}")
-        if equals:
-            words.append(value)
-    return words
-
-
 def parse(argv):
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare",
-        formatter_class=options.HelpLines,
-        usage="python -m tools.compare [options] -- [options of train.py for all runs]",
-    )
-    add, whole = parser.add_argument, options.at_least(1)
+    parser = argparse.ArgumentParser("python -m tools.compare")
+    add = parser.add_argument
+    rows, sets = "[ROW=]METHOD", "also top-1 where the answer is of the label's own set: a,b c,d"
+    own = "options of train.py for this row only"
     add("--data", default="demo", metavar="NAME", help="as train.py's")
-    add("--root", nargs="+", metavar="DIR", help="where it is; several, or a pattern, are folds")
-    add("--method", nargs="+", type=method_row, required=True, metavar="[ROW=]METHOD", help="rows")
-    own = "options of train.py for this row alone"
+    add("--root", nargs="+", metavar="DIR", help="where it is; several are folds of one data set")
+    add("--method", nargs="+", type=method_row, required=True, metavar=rows, help="of the table")
     add("--set", nargs=2, action="append", default=[], metavar=("ROW", "'lr=X …'"), help=own)
-    add("--seed", nargs="+", type=int, default=[0], metavar="N", help="seeds of each row")
-    add("--jobs", type=whole, default=1, metavar="N", help="runs at once; they share the cores")
-    add("--runs", default="runs/compare", metavar="DIR", help="folder of the runs' folders")
-    add("--results", default="results", metavar="DIR", help="folder of predictions and table")
-    add("--group", type=expression, metavar="REGEX", help="in a path: names what is resampled")
-    left = "also top-1 without the videos in whose paths it finds something"
-    add("--leave-out", type=expression, metavar="REGEX", help=left)
+    add("--seed", nargs="+", type=natural, default=[0], metavar="N", help="seeds of each row")
+    add("--jobs", type=positive_int, default=1, metavar="N", help="runs at once, on shared cores")
+    add("--runs", default="runs/compare", metavar="DIR", help="folder of the runs and the table")
+    add("--group", type=expression, default=".*", help="finds in a path what is resampled")
+    add("--leave-out", type=expression, help="also top-1 without videos whose paths it finds")
     add("--shuffled", action="store_true", help="also top-1 on clips with shuffled frames")
-    sets = "also top-1 where the answer must be in the label's own set of classes: a,b c,d"
-    add("--among", nargs="+", type=class_names, metavar="CLASS,CLASS", help=sets)
-    args = parser.parse_args(argv[:end])
-    args.options, args.row_options = argv[end + 1 :], {}
-    for name, text in args.set:
-        try:
-            args.row_options.setdefault(name, []).extend(words_of(text))
-        except ValueError as error:
-            parser.error(f"--set {name} {text!r}: {error}")
-    unknown = args.row_options.keys() - {name for name, _ in args.method}
+    add("--among", nargs="+", type=lambda names: names.split(","), metavar="A,B", help=sets)
+    add("options", nargs="*", metavar="-- OPTIONS", help="of train.py, for all runs")
+    args = parser.parse_args(argv)
+    for word in args.options:
+        if word.startswith(("--data", "--root", "--method", "--seed", "--out")):
+            parser.error(f"{word} cannot be given after the --")
+    unknown = {name for name, _ in args.set} - {name for name, _ in args.method}
     if unknown:
         parser.error(f"--set {min(unknown)}: there is no such row in --method")
+    if sum(map(len, args.among or [])) > 5:
+        parser.error("--among is for five classes at most: predictions hold no more")
+    args.root = args.root or [os.path.join("data", args.data)]
+    args.tests = {"predictions": "top-1, %"} | ({"shuffled": "shuffled"} if args.shuffled else {})
     return args
 
 
 def main(argv=None):
-    """Returns 1 if a run failed."""
+    """Returns 1 if a run has failed."""
     args = parse(argv)
-    with one_sentence("compare.py"), on_signals(sys.exit):
-        folds, base = find_folds(args)
-        check_questions(args, folds, base)
-        jobs = plan(args, folds, base)
-        todo = [job for job in jobs if not is_done(job)]
-        print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them done", flush=True)
-        os.makedirs(args.results, exist_ok=True)
-        try:
-            failures = run_all(todo, args.jobs)
-        except SystemExit:
-            print("compare.py: stopped by a signal; the same command goes on where it was")
-            raise
-        finally:
-            rows = table_of(jobs, args)
-            if rows:
-                print(write_table(rows, os.path.join(args.results, "table")), end="")
-        for sentence in failures:
-            print(f"failed: {sentence}", file=sys.stderr)
-        return int(bool(failures))
+    with one_sentence("compare.py"):
+        runs = plan(args)
+        todo = [run for run in runs if not run.is_done]
+        print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True)
+        for run in todo:  # a missing root is refused now, and the demo drawn once
+            find_videos(args.data, run.root, train.parse(run.words).split)
+        make_all(todo, args.jobs)
+        rows = rows_of(runs, args)
+        if rows:
+            write_table(rows, args.runs)
+        return int(not all(run.is_done for run in runs))
 
 
 if __name__ == "__main__":

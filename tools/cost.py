@@ -1,12 +1,15 @@
-"""What the methods cost in seconds and memory, next to the plain frozen image model.
+"""What the methods cost: counted, and measured next to the plain frozen image model.
 
+    python -m tools.cost --count                                        # needs no weights, no GPU
     python -m tools.cost --batch 32 --backbone ViT-B-16-quickgelu --method dualpath --json cost.json
 
-The plain model (the library's own, never compiled) sees as many images as the method. Its training
-step is a forward and a backward to the pixels: the least that any method costs that trains inside
-it. All steps take turns in random order, so that noise falls on all alike; the first round warms
-up, and a ratio is the median of the rounds' ratios. MFU (model FLOPs utilisation) is the share of
-the device's own rate in a large product that training comes to.
+--count gives images, parameters and multiply-accumulates of a clip, for 400 classes. Else seconds
+and memory on the device at hand are measured. The plain model (the library's own, never compiled)
+sees as many images as the method. Its training step is a forward and a backward to the pixels: the
+least that any method costs that trains inside it. All steps take turns in random order, so that
+noise falls on all alike; the first round warms up, and a ratio is the median of the rounds' ratios.
+MFU (model FLOPs utilisation) is the share of the device's own rate in a large product that training
+comes to.
 """
 
 import argparse
@@ -15,20 +18,80 @@ from functools import partial
 from statistics import median
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from model import add_report_options, build_model, count, variants
-from support import options
+from adapters import METHODS
+from model import Config, build_model, count_parameters, prepare
 from support.backbones import load_plain_model
-from support.prepare import prepare
+from support.options import positive_int
 from support.processes import UserError, one_sentence
-from support.tables import table
-from tools.timing import ratio, take_turns
+from tools.report import ratio, table, take_turns
 
+# Options of the rows of a method that has not just one, of 8 frames; T as in the methods' papers.
+ROWS = {
+    "dualpath": [
+        {"frames": 16},
+        {"frames": 32},
+        {"frames": 48},
+        {"frames": 48, "pre_attention_adapter": True},
+    ],
+    "aim": [{"frames": T, "spatial_frames": T} for T in (8, 16, 32)],
+    "st_adapter": [{}, {"before": "both"}],
+}
 # What a training step computes, in forward passes. The way back through frozen weights takes one,
 # the gradients of the image model's own weights another; a linear probe needs neither.
 FORWARDS = {"linear": 1, "full": 3}
 
 
+# ---------------------------------------------------------------- counted
+def count(model):
+    """Images, parameters and multiply-accumulates of a clip, for a model on the meta device.
+
+    "in blocks": what is trained there, so without the head, tokens and position embeddings. One
+    forward pass, with gradients on: the counter cannot see into a CPU's kernels for inference.
+    """
+    T, (H, W) = model.config.frames, model.visual.image_size
+    video = torch.zeros(1, T, 3, H, W, dtype=torch.uint8, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(video)
+    gmacs = counter.get_total_flops() / 2e9  # a multiply-accumulate is two FLOPs
+    tuned, everything = count_parameters(model)
+    in_blocks = count_parameters(model.blocks)[0] + count_parameters(model.visual.blocks)[0]
+    return {
+        "T": T,
+        "images": model.images_per_clip,
+        "all M": everything / 1e6,
+        "tuned M": tuned / 1e6,
+        "in blocks M": in_blocks / 1e6,
+        "GMACs/view": gmacs,
+        "3 views": 3 * gmacs,
+    }
+
+
+def counted_rows(backbone, methods):
+    """(Config, row of the table) of each method and its options that the backbone can have."""
+    rows, refusals = [], {}
+    for method in methods:
+        for options in ROWS.get(method, [{}]):
+            config = Config(
+                method=method, backbone=backbone, pretrained=None, **{"frames": 8} | options
+            )
+            try:
+                with torch.device("meta"):  # shapes without memory: counting needs no weights
+                    model = build_model(config)
+            except UserError as error:
+                refusals[str(error)] = error
+                continue
+            others = [f"{name}={options[name]}" for name in options if "frames" not in name]
+            rows.append((config, {"method": " ".join([method, *others])} | count(model)))
+    if not rows:
+        raise list(refusals.values())[0]
+    for sentence in refusals:
+        print(sentence)
+    return rows
+
+
+# ---------------------------------------------------------------- measured
 def step(net, x, dtype=None, train=False, optimizer=None):
     """A forward of net(x), or a training step.
 
@@ -46,28 +109,36 @@ def step(net, x, dtype=None, train=False, optimizer=None):
 
 
 def steps_of(model, plain, batch, device, dtype):
-    """What is measured for one variant: {kind: function without arguments}."""
-    size = model.visual.image_size
-    video = torch.randint(
-        256, (batch, model.num_frames, 3, *size), dtype=torch.uint8, device=device
-    )
-    images = batch * model.images_per_clip
-    pixels = torch.randn(images, 3, *size, device=device, dtype=dtype, requires_grad=True)
+    """What is measured for one row: {kind: function without arguments}."""
+    shape = (batch, model.config.frames, 3, *model.visual.image_size)
+    video = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    shape = (batch * model.images_per_clip, 3, *model.visual.image_size)
+    images = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     return {
         "forward": partial(step, model, video, dtype),
         "train": partial(step, model, video, dtype, train=True, optimizer=optimizer),
-        "plain forward": partial(step, plain, pixels),
-        "plain train": partial(step, plain, pixels, train=True),
+        "plain forward": partial(step, plain, images),
+        "plain train": partial(step, plain, images, train=True),
     }
 
 
-def large_product(device, dtype):
-    """A product that shows the device's own rate, and its multiply-accumulates."""
-    n = 2048 if device.type == "cpu" else 8192
-    square = torch.randn(n, n, device=device, dtype=dtype)
-    return lambda: square @ square, n**3
+def speeds(method, gmacs, seconds, first_forward, batch, rate):
+    """Columns of the table.
+
+    gmacs: of a clip. seconds: {kind: those of its rounds}. first_forward: those of the first row's.
+    rate: multiply-accumulates a second of the device's own large product.
+    """
+    macs = FORWARDS.get(method, 2) * gmacs * 1e9 * batch
+    return {
+        "forward/s": batch / median(seconds["forward"]),
+        "forward ÷ plain": ratio(seconds["forward"], seconds["plain forward"]),
+        "train/s": batch / median(seconds["train"]),
+        "train ÷ plain": ratio(seconds["train"], seconds["plain train"]),
+        "growth": ratio(seconds["forward"], first_forward),
+        "MFU": macs / median(seconds["train"]) / rate,
+    }
 
 
 def peak_gigabytes(net, run):
@@ -84,72 +155,44 @@ def peak_gigabytes(net, run):
     return (weights + averages + taken) / 1e9
 
 
-def memory_columns(model, plain, steps, batch, device):
-    """Of one row; only CUDA's allocator tells them."""
-    if device.type != "cuda":
-        return {}
-    return {
-        "GB/clip": peak_gigabytes(model, steps["train"]) / batch,
-        "plain GB/clip": peak_gigabytes(plain, steps["plain train"]) / batch,
-    }
-
-
-def cost_row(name, counts, seconds, first_forward, batch, rate):
-    """One row of the table.
-
-    counts: model.count's. seconds: {kind: those of its rounds}. first_forward: those of the first
-    row's. rate: multiply-accumulates a second of the device's own large product.
-    """
-    macs = FORWARDS.get(name, 2) * counts["GMACs/view"] * 1e9 * batch
-    return {
-        "method": name,
-        **counts,
-        "forward/s": batch / median(seconds["forward"]),
-        "forward ÷ plain": ratio(seconds["forward"], seconds["plain forward"]),
-        "train/s": batch / median(seconds["train"]),
-        "train ÷ plain": ratio(seconds["train"], seconds["plain train"]),
-        "growth": ratio(seconds["forward"], first_forward),
-        "MFU": macs / median(seconds["train"]) / rate,
-    }
-
-
-def measure(backbone, args, device, dtype):
-    """(rows, rate of a large product) of one backbone."""
-    plain = load_plain_model(backbone, None).to(device, dtype).requires_grad_(False)
-    product, macs = large_product(device, dtype)
-    names, counts, models, steps, everything = [], [], [], [], {"product": product}
-    for i, (name, config) in enumerate(variants(backbone, args.method, args.frames)):
-        config = dict(config, backbone=backbone, pretrained=None)
-        with torch.device("meta"):
-            counts.append(count(build_model(**config)))
-        model = build_model(**config).to(device)
-        prepare(model, dtype, args.compile, args.checkpoint_activations)
-        names.append(name)
-        models.append(model)
+def measure(counted, plain, args, device, dtype):
+    """(Config, row) of each model → the rows with what is measured, a large product's TFLOP/s."""
+    n = 2048 if device.type == "cpu" else 8192
+    square = torch.randn(n, n, device=device, dtype=dtype)
+    everything, models, steps = {"product": lambda: square @ square}, [], []
+    for i, (config, _) in enumerate(counted):
+        model = build_model(config).to(device)
+        models.append(prepare(model, dtype, args.compile, args.checkpoint_activations))
         steps.append(steps_of(model, plain, args.batch, device, dtype))
         everything |= {(i, kind): function for kind, function in steps[i].items()}
     wait = torch.accelerator.synchronize if device.type != "cpu" else None
     seconds = take_turns(everything, args.rounds, wait)
-    rate = macs / median(seconds["product"])
+    rate = n**3 / median(seconds["product"])
     rows = []
-    for i, name in enumerate(names):
-        own = {kind: seconds[i, kind] for kind in steps[i]}
-        row = cost_row(name, counts[i], own, seconds[0, "forward"], args.batch, rate)
-        rows.append(row | memory_columns(models[i], plain, steps[i], args.batch, device))
-    return rows, rate
+    for i, (config, row) in enumerate(counted):
+        own, first = {kind: seconds[i, kind] for kind in steps[i]}, seconds[0, "forward"]
+        row |= speeds(config.method, row["GMACs/view"], own, first, args.batch, rate)
+        if device.type == "cuda":
+            row["GB/clip"] = peak_gigabytes(models[i], steps[i]["train"]) / args.batch
+            row["plain GB/clip"] = peak_gigabytes(plain, steps[i]["plain train"]) / args.batch
+        rows.append(row)
+    return rows, 2e-12 * rate
 
 
+# ---------------------------------------------------------------- as a script
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.cost", description="Speed and memory next to the plain image model."
-    )
-    add, whole = parser.add_argument, options.at_least(1)
-    add_report_options(add)
-    batch = "clips per step; give fewer if memory runs out (%(default)s)"
-    add("--batch", type=whole, default=1, metavar="N", help=batch)
-    add("--rounds", type=whole, default=5, metavar="N", help="all take turns in (%(default)s)")
-    for option in ("--compile", "--checkpoint-activations"):
-        add(option, action="store_true", help="as in train.py")
+    parser = argparse.ArgumentParser("python -m tools.cost")
+    add = parser.add_argument
+    backbones = ["ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "swin_b", "ViT-B-16-SigLIP2"]
+    add("--count", action="store_true", help="count only, measure nothing")
+    add("--backbone", nargs="+", default=backbones, metavar="NAME", help="(%(default)s)")
+    add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
+    add("--json", metavar="FILE", help="write the table to a file, too")
+    add("--batch", type=positive_int, default=1, metavar="N", help="clips per step (%(default)s)")
+    rounds = "all take turns in (%(default)s)"
+    add("--rounds", type=positive_int, default=5, metavar="N", help=rounds)
+    add("--compile", action="store_true", help="as in train.py")
+    add("--checkpoint-activations", action="store_true", help="as in train.py")
     return parser.parse_args(argv)
 
 
@@ -160,20 +203,22 @@ def main(argv=None):
     machine = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
+    result = vars(args) | {"torch": torch.__version__, "device": machine, "type": str(dtype)}
+    result["rows"] = []
     with one_sentence("cost.py"):
-        result = vars(args) | {"torch": str(torch.__version__), "device": machine}
-        result |= {"type": str(dtype), "rows": []}
         if args.json:
             open(args.json, "a").close()  # if this fails, then before the measurement
         for backbone in args.backbone:
-            try:
-                rows, rate = measure(backbone, args, device, dtype)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
-                raise UserError(f"{reason} (a smaller --batch takes less memory)") from error
-            tera = 2e-12 * rate
-            print(f"{backbone}: {args.batch} clips, {machine}, {dtype}")
-            print(f"a large product has {tera:.3g} TFLOP/s", *table(rows), "", sep="\n")
+            counted = counted_rows(backbone, args.method)
+            if args.count:
+                rows = [row for _, row in counted]
+                print(f"{backbone}: counted")
+            else:
+                plain = load_plain_model(backbone, None).to(device, dtype).requires_grad_(False)
+                rows, tflops = measure(counted, plain, args, device, dtype)
+                print(f"{backbone}: {args.batch} clips, {machine}, {dtype}")
+                print(f"a large product has {tflops:.3g} TFLOP/s")
+            print(*table(rows), "", sep="\n")
             result["rows"] += [{"backbone": backbone} | row for row in rows]
         if args.json:
             with open(args.json, "w") as file:

@@ -1,7 +1,8 @@
-"""Pictures: where a model looks in a clip, what it confuses, how a run went.
+"""Pictures: what the two paths see, where a model looks, what it confuses, how a run went.
 
+python -m tools.look framesets clip.mp4 framesets.png
 python -m tools.look attention CKPT clip.mp4 look.png
-python -m tools.look classes CKPT classes.png [options of evaluate.py]
+python -m tools.look classes predictions.csv classes.png  # of evaluate.py --predictions
 python -m tools.look curves runs/demo-dualpath-s0 curves.png
 """
 
@@ -10,22 +11,126 @@ import csv
 import json
 import math
 import os
-import tempfile
 from collections import Counter
 
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d
 
-import evaluate
 from data import VideoViews
 from grid import frameset
-from model import load_checkpoint
-from support import options
+from model import Config, load_checkpoint
 from support.processes import UserError, one_sentence
-from tools.figures import check_writable, draw, short, show_bars, show_curves, show_images
 
 MOST = 20  # bars
+ACROSS = 4  # images in a row
+
+
+# ---------------------------------------------------------------- matplotlib
+def draw(path, title, *stripes):
+    """Write stripes, one below the other: (its height in inches, what fills it) each."""
+    try:
+        from matplotlib.figure import Figure  # only to draw: it takes half a second
+    except ImportError as error:
+        raise UserError(
+            "python -m tools.look needs matplotlib: pip install -r tools/requirements.txt"
+        ) from error
+    heights = [height for height, _ in stripes]
+    figure = Figure((10, sum(heights) + 0.4), 100, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    parts = figure.subfigures(len(stripes), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for (_, fill), part in zip(stripes, parts):
+        fill(part)
+    try:
+        figure.savefig(path)
+    except ValueError as error:  # no such kind of picture
+        raise UserError(f"cannot write {path}: {error}") from error
+    print(f"wrote {path}")
+
+
+def images_stripe(title, images, captions, heat=None, rows=1, cols=1):
+    """Images (n, 3, H, W) uint8, all in one size, in rows of four; captions stand above them.
+
+    heat: (n, any, any), laid on top. rows, cols: cells of each image, with a border around each.
+    """
+    down = math.ceil(len(images) / ACROSS)
+    H, W = images.shape[-2:]
+
+    def fill(part):
+        part.suptitle(title, fontsize=10)
+        every = part.subplots(down, ACROSS, squeeze=False).flatten()
+        for i, axes in enumerate(every[: len(images)]):
+            axes.imshow(images[i].permute(1, 2, 0).numpy())
+            if heat is not None:
+                glow = (heat[i] / heat.max()).numpy()
+                extent = (-0.5, W - 0.5, H - 0.5, -0.5)
+                axes.imshow(glow, "inferno", alpha=0.8 * glow**0.5, extent=extent)
+            for row in range(1, rows):
+                axes.axhline(row * H / rows - 0.5, color="white", lw=0.7)
+            for col in range(1, cols):
+                axes.axvline(col * W / cols - 0.5, color="white", lw=0.7)
+            axes.set_title(captions[i], fontsize=7, family="monospace", pad=3)
+        for axes in every:
+            axes.axis("off")
+
+    lines = captions[0].count("\n") + 1
+    return down * (2.5 + 0.12 * lines) + 0.3, fill
+
+
+def bars_stripe(*charts):
+    """Horizontal bars with percentages, the first on top; all charts have one zero line.
+
+    charts: (title, [(name, number in [0, 1])]) each.
+    """
+    heights = [0.25 * len(bars) + 0.5 for _, bars in charts]
+
+    def fill(part):
+        every = part.subplots(len(charts), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (title, bars) in zip(every, charts):
+            drawn = axes.barh(range(len(bars)), [share for _, share in bars], color="tab:orange")
+            axes.bar_label(drawn, [f"{100 * s:.1f} %" for _, s in bars], padding=3, fontsize=8)
+            axes.set_title(title, fontsize=10)
+            axes.set(xlim=(0, 1.1), xticks=[], ylim=(max(1, len(bars)) - 0.5, -0.5))
+            axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
+            axes.spines[:].set_visible(False)
+
+    return sum(heights), fill
+
+
+# ---------------------------------------------------------------- what the two paths see
+def path_stripes(view, numbers, config, heat=(None, None)):
+    """The images that a model samples, a full frame as large as a frameset.
+
+    view: (T, 3, S, S) uint8; numbers: its frames'. heat: of frames and of framesets.
+    """
+    T, T_s, rows, cols = len(view), config.spatial_frames, config.rows, config.cols
+    stripes = []
+    if config.method != "dualpath" or config.paths != "temporal":
+        title = f"spatial path: {T_s} of {T} frames, each an image"
+        captions = [f"frame {number}" for number in numbers[:: T // T_s]]
+        stripes.append(images_stripe(title, view[:: T // T_s], captions, heat[0]))
+    if config.method == "dualpath" and config.paths != "spatial":
+        title = f"temporal path: {T} frames, {rows * cols} in an image of the same size"
+        lines = [" ".join(f"{n:5d}" for n in numbers[i : i + cols]) for i in range(0, T, cols)]
+        captions = ["\n".join(lines[i : i + rows]) for i in range(0, len(lines), rows)]
+        images = frameset(view[None], rows, cols)[0]
+        stripes.append(images_stripe(title, images, captions, heat[1], rows, cols))
+    return stripes
+
+
+def read_view(video, num_frames, size, sampling, stride):
+    """The central view of a video, (1, T, 3, S, S) uint8; its frames' numbers."""
+    view = VideoViews([(video, -1)], num_frames, size, sampling, stride)[0]
+    if view.error:
+        raise UserError(view.error)
+    return view.pixels, view.numbers
+
+
+def draw_framesets(args):
+    """By the paper's numbers: 32 frames of 224 px, one from each segment of the video."""
+    config = Config()
+    view, numbers = read_view(args.video, config.frames, 224, "uniform", 1)
+    title = f"what DualPath samples of {os.path.basename(args.video)}"
+    draw(args.picture, title, *path_stripes(view[0], numbers, config))
 
 
 # ---------------------------------------------------------------- attention over a clip
@@ -36,14 +141,11 @@ def attention(model, video):
     in patches, the mean over heads; a path that is not there has no rows. For a model on the CPU,
     in float32, where nn.MultiheadAttention itself is run: it can return its weights.
     """
-    attn = model.visual.blocks[-1].attn
-    size = [side // model.visual.patch_size[0] for side in model.visual.image_size]
-    if not isinstance(attn, nn.MultiheadAttention) or video.device.type != "cpu":
+    attn, seen = model.visual.blocks[-1].attn, []
+    if not isinstance(attn, nn.MultiheadAttention):
         raise UserError(
-            f"the attention of {model.config['backbone']!r} on {video.device} cannot return its"
-            " weights: no picture"
+            f"the attention of {model.config.backbone!r} cannot return its weights: no picture"
         )
-    seen = []
 
     def request_weights(module, inputs, kwargs):
         return inputs, dict(kwargs, need_weights=True)
@@ -52,178 +154,93 @@ def attention(model, video):
         seen.append(outputs[1])  # (images, tokens, tokens)
 
     requesting = attn.register_forward_pre_hook(request_weights, with_kwargs=True)
-    keeping = attn.register_forward_hook(keep_weights)
-    with requesting, keeping, torch.no_grad():
+    with requesting, attn.register_forward_hook(keep_weights), torch.no_grad():
         model.eval()(video)
-    if not seen:
-        raise UserError(f"{model.config['method']} computes attention without weights: no picture")
     # AIM's last call is over space; VPT's prompts come last.
+    size = [side // model.visual.patch_size[0] for side in model.visual.image_size]
     patches = seen[-1][:, 0, 1 : 1 + math.prod(size)].unflatten(1, size)
     shares = patches / patches.sum((1, 2), keepdim=True)
-    frames = model.spatial_frames if model.spatial else 0
-    return shares.tensor_split([frames])
-
-
-def shares_of_moments(framesets, rows, cols):
-    """(T_G, patch rows, patch cols) → the share of each little frame (T_G · rows · cols,).
-
-    Patches are cut into pieces first, since some lie in two frames.
-    """
-    pieces = framesets.repeat_interleave(rows, 1).repeat_interleave(cols, 2)
-    return avg_pool2d(pieces, framesets.shape[1:], divisor_override=rows * cols).flatten()
-
-
-def attention_stripes(model, view, numbers):
-    """The stripes of both paths. view: (T, 3, H, W) uint8; numbers: its frames'."""
-    rows, cols = model.config["rows"], model.config["cols"]
-    frames, framesets = attention(model, view[None])
-    step, stripes = model.num_frames // model.spatial_frames, []
-    if len(frames):
-        title = f"spatial path: {len(frames)} frames, each an image"
-        stripes.append((title, view[::step], numbers[::step], 1, 1, frames))
-    if len(framesets):
-        title = (
-            f"temporal path: {rows * cols} shrunken frames an image, and each one's share of the"
-            " attention"
-        )
-        shares = shares_of_moments(framesets, rows, cols) / len(framesets)
-        texts = [f"{i}: {100 * share:.0f} %" for i, share in zip(numbers, shares)]
-        images = frameset(view[None], rows, cols)[0]
-        stripes.append((title, images, texts, rows, cols, framesets))
-    return [(min(4, 9.8 / len(stripe[1])) + 0.3, show_images, *stripe) for stripe in stripes]
+    return shares.tensor_split([model.config.spatial_frames if model.spatial else 0])
 
 
 def draw_attention(args):
-    """The middle one of a video's views, and what is made of all of them."""
+    """The central view of a video, and what is made of it."""
     model, content = load_checkpoint(args.checkpoint, args.backbone, args.pretrained)
-    settings, T = content["run"], model.num_frames
-    test_views = VideoViews(
-        [(args.video, -1)],
-        T,
-        model.visual.image_size[0],
-        settings["sampling"],
-        settings["test_stride"],
-        args.views or tuple(settings["views"]),
-    )
-    views = test_views[0]
-    if views.error:
-        raise UserError(views.error)
-    check_writable(args.picture)
-    row = evaluate.predict(model, test_views, torch.device("cpu"))[0]
-    middle = len(views.pixels) // 2
-    clip = len(views.numbers) // T // 2  # of which the middle view is a crop
-    numbers = views.numbers[clip * T : (clip + 1) * T]
-    names = [(settings["classes"][c], score) for c, score in zip(row.classes, row.scores)]
-    title = f"the likeliest classes; views: {len(views.pixels)}"
+    config, run = model.config, content["run"]
+    size = model.visual.image_size[0]
+    sampling = run["sampling"], run["test_stride"]
+    view, numbers = read_view(args.video, config.frames, size, *sampling)
+    with torch.no_grad():
+        scores, order = model(view)[0].softmax(-1).sort(descending=True)
+    bars = [(run["classes"][c], score) for c, score in zip(order[:5].tolist(), scores.tolist())]
     draw(
         args.picture,
-        "where the class tokens look (bright), with the frames' numbers:"
-        f" {os.path.basename(args.video)}",
-        *attention_stripes(model, views.pixels[middle], numbers),
-        (0.25 * len(names) + 0.3, show_bars, title, names),
+        f"where the class tokens look (bright): {os.path.basename(args.video)}",
+        *path_stripes(view[0], numbers, config, attention(model, view)),
+        bars_stripe((f"the likeliest classes; true: {args.label or 'not given'}", bars)),
     )
 
 
 # ---------------------------------------------------------------- classes of a data set
 def draw_classes(args):
-    """Evaluate, and draw the table that evaluate.py writes."""
-    if draws():
-        check_writable(args.picture)
-    with tempfile.TemporaryDirectory() as folder:
-        table = args.predictions or os.path.join(folder, "predictions.csv")
-        evaluate.main([args.checkpoint, "--predictions", table, *args.rest])
-        if not draws():
-            return
-        with open(table, newline="", errors="surrogateescape") as file:
-            rows = [(row["label"], row["class1"]) for row in csv.DictReader(file)]
-    right = sum(label == guess for label, guess in rows)
-    title = f"top-1 {100 * right / len(rows):.2f} %: {args.checkpoint}"
-    draw(args.picture, title, *class_stripes(rows))
-
-
-def draws():
-    """Of several processes, the first draws."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def class_stripes(rows):
-    """Accuracies of classes, the lowest first, and the most frequent confusions.
-
-    rows: (label, likeliest class or None or "" if the video is unreadable) of each video.
-    """
+    """Accuracies of classes, the lowest first, and the most frequent confusions."""
+    with open(args.predictions, newline="", errors="replace") as file:
+        rows = [(row["label"], row["class1"]) for row in csv.DictReader(file)]
     videos, pairs = Counter(label for label, _ in rows), Counter(rows)
-    accuracies = [(f"{short(name, 45)} ({n})", pairs[name, name] / n) for name, n in videos.items()]
+    accuracies = [(f"{name:.60} ({n})", pairs[name, name] / n) for name, n in videos.items()]
     accuracies = sorted(accuracies, key=lambda bar: bar[1])[:MOST]
     confusions = []
     for (label, guess), n in pairs.most_common():
-        if guess and guess != label:
-            text = f"{short(label, 45)} → {short(guess, 45)} ({n} of {videos[label]})"
+        if guess and guess != label:  # there is none of an unreadable video
+            text = f"{label:.40} → {guess:.40} ({n} of {videos[label]})"
             confusions.append((text, n / videos[label]))
-    above = f"top-1 of each class (videos), the lowest {len(accuracies)} of {len(videos)}"
-    below = "most frequent confusions"
-    return [
-        (0.25 * len(bars) + 0.6, show_bars, title, bars)
-        for title, bars in ((above, accuracies), (below, confusions[:MOST]))
-    ]
+    lowest = f"top-1 of each class (videos), the lowest {len(accuracies)} of {len(videos)}"
+    charts = (lowest, accuracies), ("most frequent confusions", confusions[:MOST])
+    top1 = sum(label == guess for label, guess in rows) / len(rows)
+    draw(args.picture, f"top-1 {100 * top1:.2f} %: {args.predictions}", bars_stripe(*charts))
 
 
 # ---------------------------------------------------------------- curves of a run
 def draw_curves(args):
-    path = os.path.join(args.run, "log.jsonl")
-    if not os.path.isfile(path):
-        raise UserError(f"there is no log {path}: the folder of a run has one")
-    with open(path) as file:
+    with open(os.path.join(args.run, "log.jsonl")) as file:
         log = [json.loads(line) for line in file]
-    if not log:
-        raise UserError(f"{path} has no epoch yet")
-    draw(args.picture, args.run, (3, show_curves, log))
+
+    def fill(part):
+        for axes, key in zip(part.subplots(1, 3), ("train_loss", "lr", "val_top1")):
+            axes.plot([line["epoch"] for line in log], [line[key] for line in log], ".-", label=key)
+            axes.legend()
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+
+    draw(args.picture, args.run, (3, fill))
 
 
-def picture(path):
-    """matplotlib would add a missing suffix, and write to another file than it was told."""
-    if not os.path.splitext(path)[1]:
-        raise argparse.ArgumentTypeError(f"{path!r} is no name of a picture, such as a.png")
-    return path
-
-
+# ---------------------------------------------------------------- as a script
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.look", description="Pictures of models and runs."
-    )
+    parser = argparse.ArgumentParser("python -m tools.look")
     kinds = parser.add_subparsers(required=True)
-    kind = kinds.add_parser("attention", help="where a model looks in a clip")
-    kind.set_defaults(act=draw_attention)
-    add = kind.add_argument
-    add("checkpoint", help="best.pt or last.pt of a run")
-    add("video")
-    add("picture", type=picture, metavar="FILE.png")
-    add("--views", type=options.views, metavar="CLIPSxCROPS", help="of which the middle is drawn")
-    add("--backbone", metavar="NAME", help="where the image model is, if not where it was")
-    add("--pretrained", metavar="TAG", help="likewise, the file or tag of its weights")
-    kind = kinds.add_parser("classes", help="accuracy of each class, confusions")
-    kind.set_defaults(act=draw_classes)
-    add = kind.add_argument
-    add("checkpoint", help="best.pt or last.pt of a run")
-    add("picture", type=picture, metavar="FILE.png")
-    add("--predictions", metavar="FILE.csv", help="keep the table; other options: evaluate.py's")
-    kind = kinds.add_parser("curves", help="loss, learning rate and accuracy of a run")
-    kind.set_defaults(act=draw_curves)
-    add = kind.add_argument
-    add("run", help="its folder")
-    add("picture", type=picture, metavar="FILE.png")
-    args, args.rest = parser.parse_known_args(argv)
-    if args.rest and args.act is not draw_classes:
-        parser.error(f"unknown: {' '.join(args.rest)}")
-    return args
+    for name, act, inputs, help in (
+        ("framesets", draw_framesets, ["video"], "what the two paths see of a video"),
+        ("attention", draw_attention, ["checkpoint", "video"], "where a model looks in a clip"),
+        ("classes", draw_classes, ["predictions"], "accuracy of each class, confusions"),
+        ("curves", draw_curves, ["run"], "loss, learning rate and accuracy of a run"),
+    ):
+        kind = kinds.add_parser(name, help=help)
+        kind.set_defaults(act=act)
+        for argument in inputs:
+            kind.add_argument(argument)
+        kind.add_argument("picture", metavar="FILE.png")
+        if name == "attention":
+            kind.add_argument("--label", help="the true class, to be written beside the likeliest")
+            kind.add_argument("--backbone", help="where the image model is, if not where it was")
+            kind.add_argument("--pretrained", help="likewise, the file or tag of its weights")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
     with one_sentence("look.py"):
-        if draws() or args.act is draw_classes:  # an evaluation needs all processes
-            args.act(args)
-        if draws():
-            print(f"wrote {args.picture}")
+        args.act(args)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ one frame, so train.py's `full` trains on them.
 """
 
 import argparse
-import os
-import shutil
 
 import numpy as np
 import open_clip
@@ -22,12 +20,13 @@ from model import load_checkpoint
 from support.backbones import ROOT
 from support.demo import SIZE, TEXTURES, Scene, draw_data
 
-TINY = os.path.join(ROOT, "assets", "tiny")
-CELLS = [(texture, cell) for texture in TEXTURES for cell in range(16)]
-CLASSES = CELLS + [("sheet", cell) for cell in range(9)]
+TINY = f"{ROOT}/assets/tiny"
+CLASSES = [(texture, cell) for texture in TEXTURES for cell in range(16)]
+CLASSES += [("sheet", cell) for cell in range(9)]
 OPTIONS = (
-    "--method full --backbone tiny --pretrained none --frames 1 --spatial-frames 1 --sampling dense"
-    " --stride 1 --test-stride 1 --views 1x1 --augment translate --batch 64 --lr 4e-3 --warmup 1"
+    "--data folder --root data/stills --out runs/stills --overwrite --method full --backbone tiny"
+    " --pretrained none --frames 1 --spatial-frames 1 --sampling dense --stride 1 --test-stride 1"
+    " --views 1x1 --augment translate --batch 64 --lr 4e-3 --warmup 1"
 ).split()
 
 
@@ -53,30 +52,17 @@ def draw_sheet(rng, scene, cell):
     return frameset(video[None])[0].permute(0, 2, 3, 1).numpy()
 
 
-def make(folder, numbers=(24600, 410), epochs=5, stills="data/stills", run="runs/stills"):
-    """Write an open_clip folder; numbers: of training and validation stills."""
-    if os.path.abspath(folder) != TINY:
-        os.makedirs(folder, exist_ok=True)
-        shutil.copy(os.path.join(TINY, "open_clip_config.json"), folder)
-    draw_data(stills, numbers, draw_still, CLASSES)
-    where = ["--data", "folder", "--root", stills, "--out", run, "--overwrite"]
-    train.main([*where, "--epochs", str(epochs), *OPTIONS])
+def make(folder=TINY, numbers=(24600, 410), epochs=5):
+    """Write the weights beside a folder's open_clip_config.json; numbers: as draw_data's."""
+    draw_data("data/stills", numbers, draw_still, CLASSES)
+    train.main([*OPTIONS, "--epochs", str(epochs)])
     # open_clip insists on a text tower; nobody uses it.
-    clip = open_clip.create_model(f"local-dir:{TINY}", load_weights=False)
-    clip.visual = load_checkpoint(os.path.join(run, "last.pt"))[0].visual
-    file = os.path.join(folder, "open_clip_model.safetensors")
-    safetensors.torch.save_file(clip.state_dict(), file)
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.make_tiny",
-        description="Pretrain the demo's image model on drawn stills (data/stills, runs/stills).",
-    )
-    text = "where to write the weights (assets/tiny)"
-    parser.add_argument("--folder", default=TINY, metavar="DIR", help=text)
-    make(parser.parse_args(argv).folder)
+    clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    clip.visual = load_checkpoint("runs/stills/last.pt")[0].visual
+    safetensors.torch.save_file(clip.state_dict(), f"{folder}/open_clip_model.safetensors")
 
 
 if __name__ == "__main__":
-    main()
+    about = "Pretrain the demo's image model on drawn stills: overwrites assets/tiny."
+    argparse.ArgumentParser("python -m tools.make_tiny", description=about).parse_args()
+    make()

@@ -1,8 +1,5 @@
-"""Pictures show what they say: attention, classes, curves."""
+"""Pictures show what they say: what the paths see, attention, classes, curves."""
 
-import inspect
-import os
-import re
 import sys
 
 import numpy as np
@@ -11,17 +8,16 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-import adapters
 import evaluate
 import train
 from adapters import METHODS
-from conftest import SMALL, TINY, lines, random_video, randomise, vit_folder
-from data import VideoViews, Views
+from conftest import SMALL, lines, random_video, randomise, tiny, vit_folder
+from data import VideoViews
 from grid import frameset
-from model import build_model, load_checkpoint
+from model import load_checkpoint
 from support.datasets import find_videos
 from support.processes import UserError
-from tools import figures, look
+from tools import look
 
 matplotlib_figure = pytest.importorskip("matplotlib.figure")
 
@@ -40,13 +36,14 @@ def drawn(monkeypatch):
 
 
 def shown(stripe):
-    """The images of a stripe, and the texts on each."""
-    texts = [[text.get_text() for text in axes.texts] for axes in stripe.axes]
-    return list(zip([axes.images[0].get_array() for axes in stripe.axes], texts))
+    """The images of a stripe (n, H, W, 3), their heats, and the captions above them."""
+    used = [axes for axes in stripe.axes if axes.images]
+    images = np.stack([axes.images[0].get_array() for axes in used])
+    heats = [axes.images[1].get_array() for axes in used if len(axes.images) > 1]
+    return images, heats, [axes.get_title() for axes in used]
 
 
-def bars_of(stripe):
-    axes = stripe.axes[0]
+def bars_of(axes):
     names = [label.get_text() for label in axes.get_yticklabels()]
     return names, [bar.get_width() for bar in axes.patches]
 
@@ -58,9 +55,24 @@ def run(micro, tmp_path_factory):
     return folder
 
 
+def test_framesets_shows_what_the_model_samples(micro, tmp_path, drawn):
+    video, picture = find_videos("folder", micro).val[0][0], str(tmp_path / "a.png")
+    look.main(["framesets", video, picture])
+    view = VideoViews([(video, -1)], 32, 224, "uniform")[0]  # of 16 frames
+    above, below = drawn[0].subfigs
+    images, _, captions = shown(above)
+    assert np.array_equal(images, view.pixels[0, ::4].permute(0, 2, 3, 1))
+    assert captions == [f"frame {i}" for i in view.numbers[::4]]
+    images, _, captions = shown(below)
+    assert np.array_equal(images, frameset(view.pixels)[0].permute(0, 2, 3, 1))
+    assert captions[1].split() == [str(i) for i in view.numbers[16:]]
+    assert len(below.axes[0].lines) == 6  # borders between 4 x 4 frames
+    assert Image.open(picture).size[0] == 1000
+
+
 # ---------------------------------------------------------------- attention
 def test_attention_is_that_of_the_last_blocks_class_tokens():
-    model = randomise(build_model(**TINY)).eval()
+    model = randomise(tiny()).eval()
     video, inputs = random_video(1), []
     hook = model.blocks[-1].register_forward_pre_hook(lambda _, args: inputs.append(args))
     frames, framesets = look.attention(model, video)
@@ -75,247 +87,87 @@ def test_attention_is_that_of_the_last_blocks_class_tokens():
         weights = scores.softmax(-1).mean(1)[:, 1:]  # of the patches
         want = weights / weights.sum(1, keepdim=True)
         torch.testing.assert_close(got.flatten(1), want, rtol=1e-4, atol=1e-6)
-    assert torch.equal(model(video), model(video))
     assert not block.attn._forward_hooks and not block.attn._forward_pre_hooks
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"paths": "spatial"},
-        {"paths": "temporal"},
-        *[{"method": method} for method in METHODS if method != "dualpath"],
-    ],
-)
-def test_attention_of_every_method(options):
-    method = METHODS[options.get("method", "dualpath")]
-    if "attend(" in inspect.getsource(method.forward):
-        pytest.skip("adapters.attend keeps no attention weights")
-    model = build_model(**TINY | options).eval()
-    frames, framesets = look.attention(model, random_video(1))
-    temporal = options.get("paths") == "temporal"
-    assert frames.shape == (0 if temporal else 4, 8, 8)
-    assert framesets.shape == (1 if temporal else 0, 8, 8)
+@pytest.mark.parametrize("method", [*METHODS, "spatial", "temporal"])
+def test_attention_of_every_method(method):
+    options = {"method": method} if method in METHODS else {"paths": method}
+    frames, framesets = look.attention(tiny(**options), random_video(1))
+    assert len(frames) == (0 if method == "temporal" else 4)
+    assert len(framesets) == (1 if method in ("temporal", "dualpath") else 0)
     for shares in (frames, framesets):
         torch.testing.assert_close(shares.sum((1, 2)), torch.ones(len(shares)))
-        assert (shares > 0).all()
-
-
-def test_attention_that_nn_multihead_attention_does_not_compute_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(adapters.LinearBlock, "forward", lambda self, block, x: x)
-    model = build_model(**TINY | {"method": "linear"})
-    with pytest.raises(UserError, match="linear computes attention without weights: no picture"):
-        look.attention(model, random_video(1))
 
 
 def test_attention_that_keeps_its_weights_is_a_sentence(tmp_path):
     folder = vit_folder(tmp_path / "custom", block_type="custom", scale_attn=True)
-    model = build_model(**TINY | {"backbone": folder, "pretrained": None}).eval()
     with pytest.raises(UserError, match="custom.*cannot return its weights"):
-        look.attention(model, random_video(1, size=32))
-    with pytest.raises(UserError, match="on meta cannot return its weights"):
-        look.attention(build_model(**TINY), random_video(1).to("meta"))
+        look.attention(tiny(backbone=folder, pretrained=None), random_video(1, size=32))
 
 
 def test_where_a_model_looks_in_a_clip(run, micro, tmp_path, drawn, capsys):
     sample, picture = find_videos("folder", micro).val[0], str(tmp_path / "look.png")
     checkpoint = f"{run}/last.pt"
-    look.main(["attention", checkpoint, sample[0], picture, "--views", "3x3"])
-    assert len(drawn) == 2  # the one before the work says whether it can be written
+    look.main(["attention", checkpoint, sample[0], picture, "--label", "up"])
     assert f"wrote {picture}" in capsys.readouterr().out
-    above, below, bars = drawn[1].subfigs
-    view = VideoViews([sample], 16, 64, views=(3, 3))[0].pixels[4]
-    spatial, temporal = look.attention(load_checkpoint(checkpoint)[0], view[None])
-    for i, (image, texts) in enumerate(shown(above)):
-        assert np.array_equal(image.transpose(2, 0, 1), view[4 * i]) and texts == [str(4 * i)]
-        heat = above.axes[i].images[1].get_array()
-        np.testing.assert_allclose(heat, spatial[i] / spatial.max(), rtol=1e-4)
-    ((image, texts),) = shown(below)
-    assert np.array_equal(image.transpose(2, 0, 1), frameset(view[None])[0, 0])
-    heat = below.axes[0].images[1].get_array()
-    np.testing.assert_allclose(heat, temporal[0] / temporal.max(), rtol=1e-4)
-    # Of 8 x 8 patches each lies in one little frame.
-    shares = temporal[0].unflatten(0, (4, 2)).unflatten(2, (4, 2)).sum((1, 3)).flatten()
-    assert texts == [f"{i}: {100 * share:.0f} %" for i, share in enumerate(shares)]
-    assert Image.open(picture).size[0] == 1000
-    assert evaluate.main([checkpoint, sample[0], "--views", "3x3"]) == 0
-    printed, (names, widths) = capsys.readouterr().out, bars_of(bars)
+    above, below, bars = drawn[0].subfigs
+    view = VideoViews([sample], 16, 64)[0].pixels
+    spatial, temporal = look.attention(load_checkpoint(checkpoint)[0], view)
+    images, heats, _ = shown(above)
+    assert np.array_equal(images, view[0, ::4].permute(0, 2, 3, 1))
+    np.testing.assert_allclose(np.stack(heats), spatial / spatial.max(), rtol=1e-4)
+    _, heats, captions = shown(below)
+    np.testing.assert_allclose(heats[0], temporal[0] / temporal.max(), rtol=1e-4)
+    assert captions[0].split() == [str(i) for i in range(16)]
+    assert "true: up" in bars.axes[0].get_title()
+    evaluate.main([checkpoint, sample[0], "--views", "1x1"])
+    printed, (names, widths) = capsys.readouterr().out, bars_of(bars.axes[0])
     assert len(names) == 5
     assert all(f"{100 * w:.1f} %  {name}" in printed for name, w in zip(names, widths))
 
 
-def test_the_middle_view_is_drawn_with_the_numbers_of_its_clip(tmp_path, monkeypatch):
-    """Of 3 clips x 2 crops the fourth view: the first crop of the second clip is the third."""
-    folder = vit_folder(tmp_path / "vit", image_size=48)
-    model = build_model(**TINY | {"backbone": folder, "pretrained": None}).eval()
-    views = random_video(6, 16, 48)
-    given = []
-
-    class Given(VideoViews):
-        def __getitem__(self, index):
-            return Views(0, -1, views, list(range(48)), None)
-
-    settings = {"classes": [str(i) for i in range(8)], "sampling": "dense", "test_stride": 1}
-    content = {"run": settings | {"views": (3, 2)}}
-    monkeypatch.setattr(look, "VideoViews", Given)
-    monkeypatch.setattr(look, "load_checkpoint", lambda *args: (model, content))
-    monkeypatch.setattr(look, "attention_stripes", lambda *args: given.append(args) or [])
-    args = look.parse(["attention", "a.pt", "a.mp4", str(tmp_path / "a.png")])
-    look.draw_attention(args)
-    _, view, numbers = given[0]
-    assert torch.equal(view, views[3]) and numbers == list(range(16, 32))
-
-
-def test_a_little_frames_share_counts_the_parts_of_its_patches():
-    """A grid of 6 x 6 patches does not divide by 4: the second is half in the first frame."""
-    sets = torch.rand(2, 6, 6)
-    pixels = sets.repeat_interleave(8, 1).repeat_interleave(8, 2) / 64
-    want = []
-    for i in range(32):
-        top, left = i % 16 // 4 * 12, i % 4 * 12
-        want.append(pixels[i // 16, top : top + 12, left : left + 12].sum())
-    torch.testing.assert_close(look.shares_of_moments(sets, 4, 4), torch.stack(want))
-
-
-def test_the_shares_of_all_framesets_add_up_to_one():
-    model = build_model(**TINY | {"paths": "temporal", "num_frames": 32}).eval()
-    [(*_, texts, _, _, _)] = look.attention_stripes(model, random_video(1, 32)[0], list(range(32)))
-    shares = [int(re.search(r": (\d+) %", text)[1]) for text in texts]
-    assert len(shares) == 32 and abs(sum(shares) - 100) <= 16  # each is rounded
-
-
-# ---------------------------------------------------------------- classes
+# ---------------------------------------------------------------- classes, curves, user errors
 def test_classes_are_drawn_by_accuracy_and_confusion(tmp_path, drawn):
-    labels = ["x"] * 4 + ["$y"] * 4 + ["z"] * 2
-    guesses = ["x", "x", "x", "$y"] + ["$y", "z", "z", "x"] + ["", ""]
-    picture = str(tmp_path / "a.png")
-    figures.draw(picture, "title", *look.class_stripes(list(zip(labels, guesses))))
-    above, below = drawn[0].subfigs
-    assert bars_of(above) == (["z (2)", "$y (4)", "x (4)"], [0, 0.25, 0.75])
-    names = ["$y → z (2 of 4)", "x → $y (1 of 4)", "$y → x (1 of 4)"]
+    labels, guesses = "xxxxyyyyzz", "xxxyyzzx  "  # the last two are unreadable
+    rows = []
+    for i, (label, guess) in enumerate(zip(labels, guesses)):
+        found = ([], [], "unreadable") if guess == " " else (["xyz".index(guess)], [0.9], None)
+        rows.append(evaluate.Prediction(i, "xyz".index(label), *found))
+    path = str(tmp_path / "p.csv")
+    evaluate.write_predictions(path, rows, [(f"{i}.mp4", 0) for i in range(10)], "xyz")
+    look.main(["classes", path, str(tmp_path / "a.png")])
+    above, below = drawn[0].subfigs[0].axes
+    assert bars_of(above) == (["z (2)", "y (4)", "x (4)"], [0, 0.25, 0.75])
+    names = ["y → z (2 of 4)", "x → y (1 of 4)", "y → x (1 of 4)"]
     assert bars_of(below) == (names, [0.5, 0.25, 0.25])
-    assert "75.0 %" in [text.get_text() for text in above.axes[0].texts]
-    assert drawn[0].get_suptitle() == "title"
-    figures.draw(picture, "all right", *look.class_stripes([("x", "x"), ("y", "y")]))
-    assert bars_of(drawn[1].subfigs[1]) == ([], [])  # nothing is confused
+    assert above.get_position().x0 == below.get_position().x0  # one zero line
+    assert drawn[0].get_suptitle().startswith("top-1 40.00 %")
 
 
-def test_many_long_names_are_cut_each(tmp_path, drawn):
-    long = " with a very long name, as of Something-Something, which has to be cut somewhere"
-    rows = [(f"class {i}{long}", f"class 0{long}") for i in range(400)]
-    figures.draw(str(tmp_path / "a.png"), "many", *look.class_stripes(rows))
-    above, below = [bars_of(stripe)[0] for stripe in drawn[0].subfigs]
-    assert len(above) == len(below) == 20
-    text = below[0]
-    assert text.startswith("class 1 with") and "… → class 0 with" in text
-    assert text.endswith("… (1 of 1)")
-
-
-def test_names_that_no_font_has_are_drawn(tmp_path, drawn):
-    rows = [(os.fsdecode(b"\xe9t\xe9"), "x")]
-    title = os.fsdecode(b"caf\xe9")
-    figures.draw(str(tmp_path / "a.png"), title, *look.class_stripes(rows))
-    assert drawn[0].get_suptitle() == "caf?"
-    assert bars_of(drawn[0].subfigs[0])[0] == ["?t? (1)"]
-
-
-def test_classes_of_a_checkpoint_on_its_data(run, tmp_path, drawn, capsys):
-    picture = str(tmp_path / "classes.png")
-    table = str(tmp_path / "table.csv")
-    look.main(["classes", f"{run}/last.pt", picture, "--workers", "0", "--predictions", table])
-    top1 = f"top-1 {100 * lines(run)[-1]['val_top1']:.2f} %"
-    assert top1 in drawn[-1].get_suptitle() and top1 in capsys.readouterr().out
-    assert len(bars_of(drawn[-1].subfigs[0])[0]) == 8
-    with open(table) as file:
-        assert len(file.readlines()) == 1 + 8
-    assert Image.open(picture).size[0] == 1000
-
-
-def test_of_several_processes_the_first_draws(run, tmp_path, drawn, monkeypatch, capsys):
-    """The others take part in the evaluation alone."""
-    calls, picture = [], str(tmp_path / "a.png")
-    monkeypatch.setattr(evaluate, "main", calls.append)
-    monkeypatch.setenv("RANK", "1")
-    look.main(["classes", f"{run}/last.pt", picture, "--limit", "8"])
-    look.main(["curves", run, picture])
-    look.main(["attention", f"{run}/last.pt", "a.mp4", picture])
-    assert len(calls) == 1 and calls[0][0] == f"{run}/last.pt" and calls[0][3:] == ["--limit", "8"]
-    assert drawn == [] and not os.path.exists(picture) and capsys.readouterr().out == ""
-
-
-# ---------------------------------------------------------------- curves, and mistakes
 def test_curves_of_a_run(run, tmp_path, drawn):
     look.main(["curves", run, str(tmp_path / "curves.png")])
     log, keys = lines(run), ("train_loss", "lr", "val_top1")
     for axes, key in zip(drawn[0].subfigs[0].axes, keys, strict=True):
-        (line,) = axes.lines
         want = [[row["epoch"], row[key]] for row in log]
-        assert axes.get_title() == key and line.get_xydata().tolist() == want
-    assert Image.open(tmp_path / "curves.png").size[0] == 1000
-
-
-@pytest.mark.parametrize("picture", ["a.xyz", "absent/a.png"])
-@pytest.mark.parametrize("kind", ["attention", "classes"])
-def test_a_picture_that_cannot_be_written_is_refused_before_the_work(
-    kind, picture, run, micro, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(evaluate, "predict", None)
-    video = [find_videos("folder", micro).val[0][0]] if kind == "attention" else []
-    with pytest.raises(SystemExit, match=f"look.py: cannot write .*{picture}"):
-        look.main([kind, f"{run}/last.pt", *video, str(tmp_path / picture)])
+        assert axes.lines[0].get_xydata().tolist() == want
+        assert axes.get_legend().get_texts()[0].get_text() == key
+        assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "words, sentence",
     [
-        (["attention", "absent.pt", "a.mp4", "a.png"], "there is no checkpoint absent.pt"),
-        (["curves", "absent", "a.png"], "there is no log absent/log.jsonl"),
+        ("attention absent.pt a.mp4 a.png", "there is no checkpoint absent.pt"),
+        ("curves absent a.png", "No such file .*absent/log.jsonl"),
+        (f"framesets {__file__} a.png", "cannot read .*test_look.py"),
+        ("curves RUN no/where/a.png", "No such file .*no/where/a.png"),
+        ("curves RUN a.jpgg", "cannot write a.jpgg: "),
+        ("curves RUN a.png", "python -m tools.look needs matplotlib: pip install -r tools/req"),
     ],
 )
-def test_mistakes_get_a_sentence(argv, words):
-    with pytest.raises(SystemExit, match=f"look.py: {words}"):
-        look.main(argv)
-
-
-def test_a_file_that_is_no_video_and_a_run_without_an_epoch_get_a_sentence(run, tmp_path):
-    (tmp_path / "log.jsonl").write_text("")
-    with pytest.raises(SystemExit, match="look.py: .*log.jsonl has no epoch yet"):
-        look.main(["curves", str(tmp_path), "a.png"])
-    with pytest.raises(SystemExit, match="look.py: cannot read .*test_look.py"):
-        look.main(["attention", f"{run}/last.pt", __file__, "a.png"])
-
-
-@pytest.mark.parametrize(
-    "argv", [["attention", "a.pt", "a.mp4", "b.mp4", "a.png"], ["curves", "a", "a.png", "--limit"]]
-)
-def test_what_is_too_much_is_refused(argv, capsys):
-    with pytest.raises(SystemExit):
-        look.main(argv)
-    assert f"unknown: {argv[-1]}" in capsys.readouterr().err
-
-
-def test_a_mistake_leaves_the_picture_that_is_there(run, tmp_path):
-    picture = tmp_path / "a.png"
-    picture.write_bytes(b"kept")
-    with pytest.raises(SystemExit, match="/no/where is not there"):
-        look.main(["classes", f"{run}/last.pt", str(picture), "--root", "/no/where"])
-    assert picture.read_bytes() == b"kept"
-
-
-@pytest.mark.parametrize(
-    "argv", [["curves", "a", "b"], ["classes", "a.pt", "--limit", "8", "a.png"]]
-)
-def test_what_is_no_name_of_a_picture_is_refused(argv, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        look.main(argv)
-    assert "is no name of a picture, such as a.png" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == []
-
-
-def test_without_matplotlib_a_sentence_says_what_installs_it(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    words = "python -m tools.look needs matplotlib: pip install -r tools/requirements.txt"
-    with pytest.raises(SystemExit, match=words):
-        look.main(["curves", run, str(tmp_path / "a.png")])
-    assert os.listdir(tmp_path) == []
+def test_user_errors_get_a_sentence(words, sentence, run, tmp_path, monkeypatch):
+    if "matplotlib" in sentence:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match=f"look.py: .*{sentence}"):
+        look.main(words.replace("RUN", run).split())
