@@ -18,10 +18,10 @@ import pytest
 import torch
 
 import train
-from model import Config, build_model, options_of, saved_weights
+from model import Config, build_model, options_of
 from support.backbones import NO_TEXT
 from support.demo import draw_data, write_video
-from support.runs import read_checkpoint, write_checkpoint
+from support.runs import read_checkpoint, saved_weights, write_checkpoint
 from support.video import read_frames
 
 HERE = os.path.dirname(os.path.abspath(__file__))

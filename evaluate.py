@@ -47,7 +47,7 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def predict(model, test_views, device, dtype=None, batch=16, workers=0, title="evaluating"):
+def predict(model, test_views, device, dtype=None, batch=16, workers=0):
     """Softmax averaged over all views of each video → Predictions, in order, in every process.
 
     test_views: data.VideoViews. Every video counts exactly once, whatever the number of processes.
@@ -64,7 +64,7 @@ def predict(model, test_views, device, dtype=None, batch=16, workers=0, title="e
         worker_init_fn=leave_signals_to_the_parent,
     )
     predictions, on_device = [], []
-    for videos in progress_bar(loader, title, unit="batch"):
+    for videos in progress_bar(loader, "evaluating", unit="batch"):
         readable = [video for video in videos if video.error is None]
         for video in videos:
             if video.error is not None:

@@ -5,7 +5,6 @@ it, FrameModel that of the methods it is compared with. What a model costs: pyth
 """
 
 import dataclasses
-import hashlib
 import inspect
 import math
 from functools import partial
@@ -22,13 +21,12 @@ from support.backbones import (
     Unadapted,
     add_positions,
     by_the_interface,
-    check_fit,
     check_supported,
     load_plain_model,
 )
 from support.options import fraction, option, positive_int
 from support.processes import UserError
-from support.runs import read_checkpoint
+from support.runs import fingerprint, load_weights, read_checkpoint
 
 
 # ---------------------------------------------------------------- every option of a model, once
@@ -361,33 +359,6 @@ def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
     return model
 
 
-def count_parameters(model):
-    """(trained, all) parameters."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in model.parameters())
-
-
-def saved_weights(model):
-    """What a checkpoint holds: the trained weights; where the frozen ones are random, those too."""
-    everything = model.config.pretrained is None
-    state = model.state_dict(keep_vars=True)
-    return {k: v.detach() for k, v in state.items() if v.requires_grad or everything}
-
-
-def fingerprint(model):
-    """SHA-256 of the frozen weights.
-
-    A position embedding that was interpolated is left out: its last bits vary by processor.
-    """
-    digest = hashlib.sha256()
-    for name, p in model.visual.named_parameters():
-        interpolated = model.config.size is not None and name == "positional_embedding"
-        if not (p.requires_grad or p.is_meta or interpolated):
-            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-            digest.update(p.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def check_rebuilds(model):
     """UserError if a model built from model.config would train other weights than this one does."""
     with torch.device("meta"):
@@ -403,9 +374,6 @@ def check_rebuilds(model):
         )
 
 
-RENAMED = {"num_frames": "frames", "image_size": "size"}  # options of older checkpoints
-
-
 def load_checkpoint(path, backbone=None, pretrained=None):
     """Rebuild a checkpoint's model, in eval mode → (model, the checkpoint's content).
 
@@ -413,7 +381,7 @@ def load_checkpoint(path, backbone=None, pretrained=None):
     training. Raises UserError.
     """
     content = read_checkpoint(path)
-    options = {RENAMED.get(name, name): value for name, value in content["model"].items()}
+    options = content["model"]
     unknown = sorted(options.keys() - {f.name for f in dataclasses.fields(Config)})
     if unknown:
         raise UserError(f"{path} has an option that this version does not know: {unknown[0]}")
@@ -429,23 +397,3 @@ def load_checkpoint(path, backbone=None, pretrained=None):
     model.config.pretrained = was  # for saved_weights
     load_weights(model, content, path)
     return model.eval(), content
-
-
-def load_weights(model, content, path, head=True):
-    """Copy a checkpoint's weights, or all but its head's, into a model that was built alike."""
-    own, weights = saved_weights(model), content["weights"]
-    if not head:
-        own = {k: v for k, v in own.items() if not k.startswith("head.")}
-        weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
-    theirs = f"{content['model']['method']} around {content['model']['backbone']!r}"
-    ours = f"{model.config.method} around {model.config.backbone!r}"
-    check_fit(own, weights, f"{path}, of {theirs}, does not fit this {ours}")
-    tag = content["model"]["pretrained"]
-    if tag is not None and model.fingerprint != content["fingerprint"]:
-        raise UserError(
-            f"{path}, of {theirs} with weights {tag!r}, needs other frozen weights, or another"
-            f" image size, than this {ours} has"
-        )
-    model.load_state_dict(weights, strict=False)
-    if "normalisation" in content:  # older checkpoints do not have it
-        model.visual.set_normalisation(content["normalisation"])

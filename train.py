@@ -27,17 +27,7 @@ from torch.utils.data import DataLoader
 
 from data import TrainingClips, VideoViews, collate
 from evaluate import DATA_OPTIONS, MACHINE_OPTIONS, predict, summarise
-from model import (
-    Config,
-    build_model,
-    check_options,
-    check_rebuilds,
-    count_parameters,
-    load_weights,
-    options_of,
-    prepare,
-    saved_weights,
-)
+from model import Config, build_model, check_options, check_rebuilds, options_of, prepare
 from support import options
 from support.datasets import digest, find_videos
 from support.processes import (
@@ -52,7 +42,16 @@ from support.processes import (
     say,
     world_size,
 )
-from support.runs import COUNTERS, Run, check_continues, find_run, read_checkpoint
+from support.runs import (
+    COUNTERS,
+    Run,
+    check_continues,
+    count_parameters,
+    find_run,
+    load_weights,
+    read_checkpoint,
+    saved_weights,
+)
 
 # Every option but the model's, which are in model.Config: default, type or choices, help.
 # fmt: off
@@ -256,7 +255,6 @@ def train(args, device):
     if world_size() > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # they are constants (its argument's name depends on torch)
-
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
 
     def checkpoint():
@@ -328,9 +326,7 @@ def train(args, device):
             run.save()  # the run may be cut off in the validation
             run.before_step([])  # answers a signal that came in the last step
         trained = time.perf_counter()
-        predictions = predict(
-            model, test_views, device, dtype, micro_batch, args.workers, "validating"
-        )
+        predictions = predict(model, test_views, device, dtype, micro_batch, args.workers)
         scores = summarise(predictions)
         line = {
             "epoch": epoch + 1,
@@ -345,8 +341,7 @@ def train(args, device):
         }
         run.end_epoch(line, [p.error for p in predictions if p.error])
         say(epoch_line(line, len(videos.classes)))
-    best = f"python evaluate.py {args.out}/best.pt"
-    say(f"best top-1 {100 * run.best:.2f} %; evaluate it with: {best}")
+    say(f"best top-1 {100 * run.best:.2f} %: python evaluate.py {args.out}/best.pt")
 
 
 def find_data(args):

@@ -15,6 +15,7 @@ import time
 
 import torch
 
+from support.backbones import check_fit
 from support.processes import UserError, all_sum, gather, rank, say, world_size
 
 RUN_FILES = ("last.pt", "best.pt", "last.*.json", "best.*.json", "log.jsonl", "failed.txt")
@@ -29,6 +30,7 @@ STEPS_PER_CHECK = 20  # reading a loss waits for the device
 
 
 # ---------------------------------------------------------------- files
+RENAMED = {"num_frames": "frames", "image_size": "size"}  # options of older checkpoints
 MARK = b"\nsha256 "  # ends torch.save's output; the SHA-256 of that follows, in hexadecimal
 
 
@@ -70,7 +72,56 @@ def read_checkpoint(path):
     content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     if content["format"] != 1:
         raise UserError(f"{path} is of format {content['format']}, and this version reads 1")
+    content["model"] = {RENAMED.get(name, name): v for name, v in content["model"].items()}
     return content
+
+
+# ---------------------------------------------------------------- the weights in them
+def count_parameters(model):
+    """(trained, all) parameters."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in model.parameters())
+
+
+def saved_weights(model):
+    """What a checkpoint holds: the trained weights; where the frozen ones are random, those too."""
+    everything = model.config.pretrained is None
+    state = model.state_dict(keep_vars=True)
+    return {k: v.detach() for k, v in state.items() if v.requires_grad or everything}
+
+
+def fingerprint(model):
+    """SHA-256 of the frozen weights.
+
+    A position embedding that was interpolated is left out: its last bits vary by processor.
+    """
+    digest = hashlib.sha256()
+    for name, p in model.visual.named_parameters():
+        interpolated = model.config.size is not None and name == "positional_embedding"
+        if not (p.requires_grad or p.is_meta or interpolated):
+            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+            digest.update(p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_weights(model, content, path, head=True):
+    """Copy a checkpoint's weights, or all but its head's, into a model that was built alike."""
+    own, weights = saved_weights(model), content["weights"]
+    if not head:
+        own = {k: v for k, v in own.items() if not k.startswith("head.")}
+        weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+    theirs = f"{content['model']['method']} around {content['model']['backbone']!r}"
+    ours = f"{model.config.method} around {model.config.backbone!r}"
+    check_fit(own, weights, f"{path}, of {theirs}, does not fit this {ours}")
+    tag = content["model"]["pretrained"]
+    if tag is not None and model.fingerprint != content["fingerprint"]:
+        raise UserError(
+            f"{path}, of {theirs} with weights {tag!r}, needs other frozen weights, or another"
+            f" image size, than this {ours} has"
+        )
+    model.load_state_dict(weights, strict=False)
+    if "normalisation" in content:  # older checkpoints do not have it
+        model.visual.set_normalisation(content["normalisation"])
 
 
 # ---------------------------------------------------------------- which run, and may it go on

@@ -31,10 +31,10 @@ from conftest import (
     tiny,
     vit_folder,
 )
-from model import Config, ViT, build_model, count_parameters, load_checkpoint, options_of
+from model import Config, ViT, build_model, load_checkpoint, options_of
 from support.backbones import NO_TEXT, SWINS, SigLIP, Swin, load_plain_model
 from support.processes import UserError
-from support.runs import read_checkpoint
+from support.runs import count_parameters, read_checkpoint
 
 
 # ---------------------------------------------------------------- miniatures

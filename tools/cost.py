@@ -21,10 +21,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import METHODS
-from model import Config, build_model, count_parameters, prepare
+from model import Config, build_model, prepare
 from support.backbones import load_plain_model
 from support.options import positive_int
 from support.processes import UserError, one_sentence
+from support.runs import count_parameters
 from tools.report import ratio, table, take_turns
 
 # Options of the rows of a method that has not just one, of 8 frames; T as in the methods' papers.

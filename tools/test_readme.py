@@ -83,7 +83,8 @@ def test_all_pages_name_options_that_are_there(capsys):
 def test_the_files_that_a_page_names_are_there(page):
     text = read(page)
     files = re.findall(
-        r"(?<![\w/.:{-])((?:(?:docs|support|tools|assets)/)?(?:\w+\.(?:py|md)|requirements\.txt))\b",
+        r"(?<![\w/.:{-])((?:(?:docs|support|tools|assets)/)?"
+        r"(?:\w+\.(?:py|md)|requirements\.txt))\b",
         text,
     )
     for file in set(files):
