@@ -13,7 +13,6 @@ A new method is one class here and one line in METHODS, at the end (docs/new_met
 import math
 
 import torch
-from open_clip.transformer import QuickGELU
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +24,7 @@ MOST_SEQUENCES = 65_535  # of one attention call: the largest grid that CUDA's f
 # ---------------------------------------------------------------- the frozen parts, cheaply
 # Each gives what open_clip's own module gives, but for rounding, layer scales included. A matrix
 # product with frozen weights keeps no input for backward: of the frozen parts, LayerNorm, attention
-# and QuickGELU alone keep any, and they move most of the bytes.
+# and the MLP's nonlinearity alone keep any, and they move most of the bytes.
 def LN(norm, x):
     """A LayerNorm in the tokens' own type: autocast would keep its input in float32."""
     with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
@@ -68,15 +67,8 @@ def attend(block, qkv):
 
 
 def MLP(block, x):
-    """The frozen MLP of an open_clip block, its layer scale included.
-
-    QuickGELU(u) = u · σ(1.702 u) = SiLU(1.702 u) / 1.702. SiLU keeps one tensor four times as wide
-    as x for backward; the three operations that open_clip makes of it keep two.
-    """
-    mlp = block.mlp
-    if isinstance(getattr(mlp, "gelu", None), QuickGELU) and not hasattr(mlp, "ln"):
-        return block.ls_2(mlp.c_proj(F.silu(1.702 * mlp.c_fc(x)) / 1.702))
-    return block.ls_2(mlp(x))
+    """The frozen MLP of an open_clip block, its layer scale included."""
+    return block.ls_2(block.mlp(x))
 
 
 # ---------------------------------------------------------------- the adapter
@@ -179,7 +171,8 @@ class FrameBlock(nn.Module):
         return False
 
     def forward(self, block, x):
-        return block(x)
+        x = x + MHA(block, LN(block.ln_1, x))
+        return x + MLP(block, LN(block.ln_2, x))
 
 
 class LinearBlock(FrameBlock):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import adapters
 from adapters import METHODS
 from conftest import THOROUGH, random_video, randomise, tiny, vit_folder
-from model import prepare
+from model import fold_quick_gelu, prepare
 from support.test_backbones import SIGLIP
 
 SOME = METHODS if THOROUGH else ["dualpath", "full", "aim"]
@@ -48,6 +48,7 @@ def bytes_kept(work):
 def test_a_training_step_keeps_little():
     d = 96
     block = randomise(ResidualAttentionBlock(d, 3, act_layer=QuickGELU)).requires_grad_(False)
+    fold_quick_gelu(block.mlp)
     adapted = adapters.DualPathBlock(d, d // 6, 0.1, False, False, "both")
     x, z = (torch.randn(n, 50, d, requires_grad=True) for n in (16, 4))
     most = 4 + 4  # q, k, v and their attention; the MLP's hidden layer
@@ -58,7 +59,7 @@ def test_a_training_step_keeps_little():
 
 @pytest.mark.parametrize("method", SOME)
 def test_recomputed_activations_change_nothing_but_what_is_kept(method, tmp_path):
-    model, video = model_of("vit", tmp_path, method), random_video()
+    model, video = prepare(model_of("vit", tmp_path, method)), random_video()
     kept, want = bytes_kept(lambda: loss_and_gradients(model, video))
     prepare(model, checkpoint_activations=True)
     kept_less, got = bytes_kept(lambda: loss_and_gradients(model, video))
@@ -68,7 +69,7 @@ def test_recomputed_activations_change_nothing_but_what_is_kept(method, tmp_path
 
 @pytest.mark.parametrize("kind", ["vit", "swin", "siglip"])
 def test_mixed_precision_keeps_all_but_the_temporal_path_small(kind, tmp_path):
-    model, video = model_of(kind, tmp_path).eval(), random_video()
+    model, video = prepare(model_of(kind, tmp_path).eval()), random_video()
     kept, _ = bytes_kept(lambda: loss_and_gradients(model, video))
     prepare(model, torch.bfloat16)
     for module in model.modules():
@@ -101,6 +102,16 @@ def test_compiled_blocks_recompute_the_same(kind, method, dtype, tmp_path, monke
         loss_and_gradients(model, video[:2], dtype)
     assert abs(got[0] - want[0]) <= (0.03 if dtype else 1e-4) * want[0]
     assert F.cosine_similarity(got[1], want[1], dim=0) >= (0.98 if dtype else 0.999999)
+
+
+@pytest.mark.parametrize("method", ["dualpath", "linear", "full"])
+def test_folding_quick_gelu_into_frozen_weights_changes_no_logits(method, tmp_path):
+    model, video = model_of("vit", tmp_path, method).eval(), random_video()
+    want = model(video)
+    prepare(prepare(model))  # twice is as once
+    folded = [isinstance(block.mlp.gelu, torch.nn.SiLU) for block in model.visual.blocks]
+    assert all(folded) if method != "full" else not any(folded)
+    torch.testing.assert_close(model(video), want)
 
 
 def test_attention_over_many_sequences_is_cut_into_parts(tmp_path, monkeypatch):

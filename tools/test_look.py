@@ -121,7 +121,7 @@ def test_where_a_model_looks_in_a_clip(run, micro, tmp_path, drawn, capsys):
     np.testing.assert_allclose(heats[0], temporal[0] / temporal.max(), rtol=1e-4)
     assert captions[0].split() == [str(i) for i in range(16)]
     assert "true: up" in bars.axes[0].get_title()
-    evaluate.main([checkpoint, sample[0], "--views", "1x1"])
+    evaluate.main([checkpoint, sample[0], "--views", "1x1", "--amp", "off"])
     printed, (names, widths) = capsys.readouterr().out, bars_of(bars.axes[0])
     assert len(names) == 5
     assert all(f"{100 * w:.1f} %  {name}" in printed for name, w in zip(names, widths))
