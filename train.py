@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from data import TrainingClips, VideoViews, collate
 from evaluate import DATA_OPTIONS, MACHINE_OPTIONS, predict, summarise
-from model import Config, build_model, check_options, check_rebuilds, options_of, prepare
+from model import Config, build_model, check_options, options_of, prepare
 from support import options
 from support.datasets import digest, find_videos
 from support.processes import (
@@ -366,7 +366,6 @@ def new_model(args, settings, resumed):
     torch.manual_seed(args.seed)
     chosen = {name: getattr(args, name) for name in MODEL_OPTIONS}
     model = build_model(Config(len(settings["classes"]), **chosen))
-    check_rebuilds(model)
     if resumed:
         load_weights(model, resumed, args.out)
     elif args.init:
