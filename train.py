@@ -138,9 +138,11 @@ RECIPES = {
         views="3x1",         # code
     ),
     # Own videos: the options' own defaults. Base lr and epochs are within what AIM and ST-Adapter
-    # used on Kinetics; one frame from each segment (uniform) suits videos of any length.
-    "folder": {},
-    "list": {},
+    # used on Kinetics; one frame from each segment (uniform) suits videos of any length. The skip
+    # is ours: without it the temporal path hardly learns from hundreds of videos
+    # (docs/results/README.md); --no-serial-skip is the paper's form.
+    "folder": dict(serial_skip=True),
+    "list": dict(serial_skip=True),
     # Drawn videos, which need no network and no GPU.
     "demo": dict(
         backbone="tiny",
