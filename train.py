@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from adapters import METHODS
 from data import TrainingClips, VideoViews, collate
 from evaluate import DATA_OPTIONS, MACHINE_OPTIONS, predict, summarise
 from model import Config, build_model, check_options, options_of, prepare
@@ -170,7 +171,10 @@ def parse(argv=None):
     """The command line → all options: what is given, else the data set's recipe, else a default."""
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--data", choices=RECIPES, default="demo")
-    recipe = RECIPES[chooser.parse_known_args(argv)[0].data]
+    chooser.add_argument("--method", choices=METHODS, default=Config.method)
+    chosen = chooser.parse_known_args(argv)[0]
+    others = MODEL_OPTIONS.keys() - options_of(chosen.method)  # a recipe may have values for them
+    recipe = {k: v for k, v in RECIPES[chosen.data].items() if k not in others}
     parser = argparse.ArgumentParser(
         prog="train.py",
         usage="python train.py [--data NAME] [options]    (defaults in brackets; with --data NAME"
@@ -179,9 +183,6 @@ def parse(argv=None):
     options.add_options(parser, MODEL_OPTIONS | OPTIONS)
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
-    for name in MODEL_OPTIONS.keys() - options_of(args.method):
-        if getattr(args, name) == parser.get_default(name):  # a recipe's value for other methods
-            setattr(args, name, MODEL_OPTIONS[name][0])
     try:
         check_options(args)
     except UserError as error:
