@@ -40,10 +40,7 @@ def draw(path, title, *stripes):
     parts = figure.subfigures(len(stripes), 1, squeeze=False, height_ratios=heights)[:, 0]
     for (_, fill), part in zip(stripes, parts):
         fill(part)
-    try:
-        figure.savefig(path)
-    except ValueError as error:  # no such kind of picture
-        raise UserError(f"cannot write {path}: {error}") from error
+    figure.savefig(path)
     print(f"wrote {path}")
 
 
@@ -76,61 +73,41 @@ def images_stripe(title, images, captions, heat=None, rows=1, cols=1):
     return down * (2.5 + 0.12 * lines) + 0.3, fill
 
 
-def bars_stripe(*charts):
-    """Horizontal bars with percentages, the first on top; all charts have one zero line.
-
-    charts: (title, [(name, number in [0, 1])]) each.
-    """
-    heights = [0.25 * len(bars) + 0.5 for _, bars in charts]
-
-    def fill(part):
-        every = part.subplots(len(charts), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (title, bars) in zip(every, charts):
-            drawn = axes.barh(range(len(bars)), [share for _, share in bars], color="tab:orange")
-            axes.bar_label(drawn, [f"{100 * s:.1f} %" for _, s in bars], padding=3, fontsize=8)
-            axes.set_title(title, fontsize=10)
-            axes.set(xlim=(0, 1.1), xticks=[], ylim=(max(1, len(bars)) - 0.5, -0.5))
-            axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
-            axes.spines[:].set_visible(False)
-
-    return sum(heights), fill
-
-
 # ---------------------------------------------------------------- what the two paths see
-def path_stripes(view, numbers, config, heat=(None, None)):
+def path_stripes(view, config, heat=(None, None)):
     """The images that a model samples, a full frame as large as a frameset.
 
-    view: (T, 3, S, S) uint8; numbers: its frames'. heat: of frames and of framesets.
+    view: data.Views of one view. heat: of frames and of framesets.
     """
-    T, T_s, rows, cols = len(view), config.spatial_frames, config.rows, config.cols
-    stripes = []
+    T, T_s, rows, cols = config.frames, config.spatial_frames, config.rows, config.cols
+    pixels, numbers, stripes = view.pixels[0], view.numbers, []
     if config.method != "dualpath" or config.paths != "temporal":
         title = f"spatial path: {T_s} of {T} frames, each an image"
         captions = [f"frame {number}" for number in numbers[:: T // T_s]]
-        stripes.append(images_stripe(title, view[:: T // T_s], captions, heat[0]))
+        stripes.append(images_stripe(title, pixels[:: T // T_s], captions, heat[0]))
     if config.method == "dualpath" and config.paths != "spatial":
         title = f"temporal path: {T} frames, {rows * cols} in an image of the same size"
         lines = [" ".join(f"{n:5d}" for n in numbers[i : i + cols]) for i in range(0, T, cols)]
         captions = ["\n".join(lines[i : i + rows]) for i in range(0, len(lines), rows)]
-        images = frameset(view[None], rows, cols)[0]
+        images = frameset(view.pixels, rows, cols)[0]
         stripes.append(images_stripe(title, images, captions, heat[1], rows, cols))
     return stripes
 
 
-def read_view(video, num_frames, size, sampling, stride):
-    """The central view of a video, (1, T, 3, S, S) uint8; its frames' numbers."""
+def central_view(video, num_frames, size, sampling="uniform", stride=1):
+    """data.Views of a video, with pixels (1, T, 3, S, S) uint8 and the frames' numbers."""
     view = VideoViews([(video, -1)], num_frames, size, sampling, stride)[0]
     if view.error:
         raise UserError(view.error)
-    return view.pixels, view.numbers
+    return view
 
 
 def draw_framesets(args):
     """By the paper's numbers: 32 frames of 224 px, one from each segment of the video."""
     config = Config()
-    view, numbers = read_view(args.video, config.frames, 224, "uniform", 1)
+    view = central_view(args.video, config.frames, 224)
     title = f"what DualPath samples of {os.path.basename(args.video)}"
-    draw(args.picture, title, *path_stripes(view[0], numbers, config))
+    draw(args.picture, title, *path_stripes(view, config))
 
 
 # ---------------------------------------------------------------- attention over a clip
@@ -147,15 +124,15 @@ def attention(model, video):
             f"the attention of {model.config.backbone!r} cannot return its weights: no picture"
         )
 
-    def request_weights(module, inputs, kwargs):
-        return inputs, dict(kwargs, need_weights=True)
+    def forward(*inputs, **options):
+        output, weights = type(attn).forward(attn, *inputs, **options | {"need_weights": True})
+        seen.append(weights)  # (images, tokens, tokens)
+        return output, None
 
-    def keep_weights(module, inputs, outputs):
-        seen.append(outputs[1])  # (images, tokens, tokens)
-
-    requesting = attn.register_forward_pre_hook(request_weights, with_kwargs=True)
-    with requesting, attn.register_forward_hook(keep_weights), torch.no_grad():
+    attn.forward = forward
+    with torch.no_grad():
         model.eval()(video)
+    del attn.forward
     # AIM's last call is over space; VPT's prompts come last.
     size = [side // model.visual.patch_size[0] for side in model.visual.image_size]
     patches = seen[-1][:, 0, 1 : 1 + math.prod(size)].unflatten(1, size)
@@ -164,21 +141,17 @@ def attention(model, video):
 
 
 def draw_attention(args):
-    """The central view of a video, and what is made of it."""
+    """The central view of a video, and the likeliest classes."""
     model, content = load_checkpoint(args.checkpoint, args.backbone, args.pretrained)
-    config, run = model.config, content["run"]
-    size = model.visual.image_size[0]
-    sampling = run["sampling"], run["test_stride"]
-    view, numbers = read_view(args.video, config.frames, size, *sampling)
+    config, run, size = model.config, content["run"], model.visual.image_size[0]
+    view = central_view(args.video, config.frames, size, run["sampling"], run["test_stride"])
+    heat = attention(model, view.pixels)
     with torch.no_grad():
-        scores, order = model(view)[0].softmax(-1).sort(descending=True)
-    bars = [(run["classes"][c], score) for c, score in zip(order[:5].tolist(), scores.tolist())]
-    draw(
-        args.picture,
-        f"where the class tokens look (bright): {os.path.basename(args.video)}",
-        *path_stripes(view[0], numbers, config, attention(model, view)),
-        bars_stripe((f"the likeliest classes; true: {args.label or 'not given'}", bars)),
-    )
+        scores, order = model(view.pixels)[0].softmax(-1).sort(descending=True)
+    likeliest = [f"{run['classes'][c]} {100 * p:.1f} %" for p, c in zip(scores[:5], order)]
+    title = f"where the class tokens look (bright): {os.path.basename(args.video)}"
+    title = f"{title}\n{', '.join(likeliest)}"
+    draw(args.picture, title, *path_stripes(view, config, heat))
 
 
 # ---------------------------------------------------------------- classes of a data set
@@ -187,17 +160,29 @@ def draw_classes(args):
     with open(args.predictions, newline="", errors="replace") as file:
         rows = [(row["label"], row["class1"]) for row in csv.DictReader(file)]
     videos, pairs = Counter(label for label, _ in rows), Counter(rows)
-    accuracies = [(f"{name:.60} ({n})", pairs[name, name] / n) for name, n in videos.items()]
-    accuracies = sorted(accuracies, key=lambda bar: bar[1])[:MOST]
-    confusions = []
-    for (label, guess), n in pairs.most_common():
-        if guess and guess != label:  # there is none of an unreadable video
-            text = f"{label:.40} → {guess:.40} ({n} of {videos[label]})"
-            confusions.append((text, n / videos[label]))
+    accuracies = [(pairs[name, name] / n, f"{name:.60} ({n})") for name, n in videos.items()]
+    accuracies = sorted(accuracies, key=lambda bar: bar[0])[:MOST]
+    confusions = [
+        (n / videos[label], f"{label:.40} → {guess:.40} ({n} of {videos[label]})")
+        for (label, guess), n in pairs.most_common()
+        if guess and guess != label  # there is none of an unreadable video
+    ]
     lowest = f"top-1 of each class (videos), the lowest {len(accuracies)} of {len(videos)}"
-    charts = (lowest, accuracies), ("most frequent confusions", confusions[:MOST])
+    charts = {lowest: accuracies, "most frequent confusions": confusions[:MOST]}
+    heights = [0.25 * len(bars) + 0.5 for bars in charts.values()]
+
+    def fill(part):
+        every = part.subplots(2, 1, height_ratios=heights)  # with one zero line
+        for axes, (title, bars) in zip(every, charts.items()):
+            drawn = axes.barh(range(len(bars)), [share for share, _ in bars], color="tab:orange")
+            axes.bar_label(drawn, [f"{100 * share:.1f} %" for share, _ in bars], padding=3)
+            axes.set_title(title, fontsize=10)
+            axes.set(xlim=(0, 1.1), xticks=[], ylim=(max(1, len(bars)) - 0.5, -0.5))
+            axes.set_yticks(range(len(bars)), [name for _, name in bars])
+            axes.spines[:].set_visible(False)
+
     top1 = sum(label == guess for label, guess in rows) / len(rows)
-    draw(args.picture, f"top-1 {100 * top1:.2f} %: {args.predictions}", bars_stripe(*charts))
+    draw(args.picture, f"top-1 {100 * top1:.2f} %: {args.predictions}", (sum(heights), fill))
 
 
 # ---------------------------------------------------------------- curves of a run
@@ -231,7 +216,6 @@ def parse(argv):
             kind.add_argument(argument)
         kind.add_argument("picture", metavar="FILE.png")
         if name == "attention":
-            kind.add_argument("--label", help="the true class, to be written beside the likeliest")
             kind.add_argument("--backbone", help="where the image model is, if not where it was")
             kind.add_argument("--pretrained", help="likewise, the file or tag of its weights")
     return parser.parse_args(argv)

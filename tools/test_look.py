@@ -1,5 +1,6 @@
 """Pictures show what they say: what the paths see, attention, classes, curves."""
 
+import re
 import sys
 
 import numpy as np
@@ -87,7 +88,6 @@ def test_attention_is_that_of_the_last_blocks_class_tokens():
         weights = scores.softmax(-1).mean(1)[:, 1:]  # of the patches
         want = weights / weights.sum(1, keepdim=True)
         torch.testing.assert_close(got.flatten(1), want, rtol=1e-4, atol=1e-6)
-    assert not block.attn._forward_hooks and not block.attn._forward_pre_hooks
 
 
 @pytest.mark.parametrize("method", [*METHODS, "spatial", "temporal"])
@@ -109,9 +109,9 @@ def test_attention_that_keeps_its_weights_is_a_sentence(tmp_path):
 def test_where_a_model_looks_in_a_clip(run, micro, tmp_path, drawn, capsys):
     sample, picture = find_videos("folder", micro).val[0], str(tmp_path / "look.png")
     checkpoint = f"{run}/last.pt"
-    look.main(["attention", checkpoint, sample[0], picture, "--label", "up"])
+    look.main(["attention", checkpoint, sample[0], picture])
     assert f"wrote {picture}" in capsys.readouterr().out
-    above, below, bars = drawn[0].subfigs
+    above, below = drawn[0].subfigs
     view = VideoViews([sample], 16, 64)[0].pixels
     spatial, temporal = look.attention(load_checkpoint(checkpoint)[0], view)
     images, heats, _ = shown(above)
@@ -120,11 +120,10 @@ def test_where_a_model_looks_in_a_clip(run, micro, tmp_path, drawn, capsys):
     _, heats, captions = shown(below)
     np.testing.assert_allclose(heats[0], temporal[0] / temporal.max(), rtol=1e-4)
     assert captions[0].split() == [str(i) for i in range(16)]
-    assert "true: up" in bars.axes[0].get_title()
     evaluate.main([checkpoint, sample[0], "--views", "1x1", "--amp", "off"])
-    printed, (names, widths) = capsys.readouterr().out, bars_of(bars.axes[0])
-    assert len(names) == 5
-    assert all(f"{100 * w:.1f} %  {name}" in printed for name, w in zip(names, widths))
+    printed = re.findall(r"(\d+\.\d %)  (.*)", capsys.readouterr().out)
+    likeliest = ", ".join(f"{name} {score}" for score, name in printed)
+    assert len(printed) == 5 and drawn[0].get_suptitle().endswith(f"\n{likeliest}")
 
 
 # ---------------------------------------------------------------- classes, curves, user errors
@@ -162,7 +161,6 @@ def test_curves_of_a_run(run, tmp_path, drawn):
         ("curves absent a.png", "No such file .*absent/log.jsonl"),
         (f"framesets {__file__} a.png", "cannot read .*test_look.py"),
         ("curves RUN no/where/a.png", "No such file .*no/where/a.png"),
-        ("curves RUN a.jpgg", "cannot write a.jpgg: "),
         ("curves RUN a.png", "python -m tools.look needs matplotlib: pip install -r tools/req"),
     ],
 )
