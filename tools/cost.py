@@ -111,55 +111,49 @@ def steps_of(model, plain, batch, device, dtype):
     }
 
 
-def speeds(method, gmacs, seconds, batch, rate):
+def speeds(method, gmacs, seconds, row, batch, rate):
     """Columns of the table.
 
-    gmacs: of a clip. seconds: {kind: those of its rounds}. rate: multiply-accumulates a second of
-    the device's own large product.
+    gmacs: of a clip. seconds: {(row, kind): those of its rounds}. rate: multiply-accumulates a
+    second of the device's own large product.
     """
+    forward, train = seconds[row, "forward"], seconds[row, "train"]
     macs = FORWARDS.get(method, 2) * gmacs * 1e9 * batch
     return {
-        "forward/s": batch / median(seconds["forward"]),
-        "forward ÷ plain": ratio(seconds["forward"], seconds["plain forward"]),
-        "train/s": batch / median(seconds["train"]),
-        "train ÷ plain": ratio(seconds["train"], seconds["plain train"]),
-        "MFU": macs / median(seconds["train"]) / rate,
+        "forward/s": batch / median(forward),
+        "forward ÷ plain": ratio(forward, seconds[row, "plain forward"]),
+        "train/s": batch / median(train),
+        "train ÷ plain": ratio(train, seconds[row, "plain train"]),
+        "MFU": macs / median(train) / rate,
     }
 
 
-def peak_gigabytes(net, run):
-    """The most that run() needs at once on a CUDA GPU: net's weights and optimiser, not its inputs.
-
-    Other models are on the GPU, too, so what was there before does not count.
-    """
+def peak_gigabytes(run):
+    """The most that run() takes at once on a CUDA GPU, beside the weights and AdamW's averages."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
-    taken = torch.cuda.max_memory_allocated() - before
-    weights = sum(p.nbytes for p in net.parameters())
-    averages = sum(2 * p.nbytes for p in net.parameters() if p.requires_grad)  # AdamW's
-    return (weights + averages + taken) / 1e9
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def measure(counted, plain, args, device, dtype):
     """Add what is measured to the rows of (Config, row); returns a large product's TFLOP/s."""
     n = 2048 if device.type == "cpu" else 8192
     square = torch.randn(n, n, device=device, dtype=dtype)
-    everything, models, steps = {"product": lambda: square @ square}, [], []
+    steps = {"product": lambda: square @ square}
     for i, (config, _) in enumerate(counted):
         model = build_model(config).to(device)
-        models.append(prepare(model, dtype, args.compile, args.checkpoint_activations))
-        steps.append(steps_of(model, plain, args.batch, device, dtype))
-        everything |= {(i, kind): function for kind, function in steps[i].items()}
+        model = prepare(model, dtype, args.compile, args.checkpoint_activations)
+        own = steps_of(model, plain, args.batch, device, dtype)
+        steps |= {(i, kind): function for kind, function in own.items()}
     wait = torch.accelerator.synchronize if device.type != "cpu" else None
-    seconds = take_turns(everything, args.rounds, wait)
+    seconds = take_turns(steps, args.rounds, wait)
     rate = n**3 / median(seconds["product"])
     for i, (config, row) in enumerate(counted):
-        own = {kind: seconds[i, kind] for kind in steps[i]}
-        row |= speeds(config.method, row["GMACs/view"], own, args.batch, rate)
+        row |= speeds(config.method, row["GMACs/view"], seconds, i, args.batch, rate)
         if device.type == "cuda":
-            row["GB/clip"] = peak_gigabytes(models[i], steps[i]["train"]) / args.batch
-            row["plain GB/clip"] = peak_gigabytes(plain, steps[i]["plain train"]) / args.batch
+            row["GB/clip"] = peak_gigabytes(steps[i, "train"]) / args.batch
+            row["plain GB/clip"] = peak_gigabytes(steps[i, "plain train"]) / args.batch
     return 2e-12 * rate
 
 
