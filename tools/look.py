@@ -25,73 +25,53 @@ MOST = 20  # bars
 ACROSS = 4  # images in a row
 
 
-# ---------------------------------------------------------------- matplotlib
-def draw(path, title, *stripes):
-    """Write stripes, one below the other: (its height in inches, what fills it) each."""
+def new_figure(title, height):
     try:
         from matplotlib.figure import Figure  # only to draw: it takes half a second
     except ImportError as error:
         raise UserError(
             "python -m tools.look needs matplotlib: pip install -r tools/requirements.txt"
         ) from error
-    heights = [height for height, _ in stripes]
-    figure = Figure((10, sum(heights) + 0.4), 100, layout="constrained")
+    figure = Figure((10, height + 0.4), 100, layout="constrained")  # inches
     figure.suptitle(title, fontsize=11)
-    parts = figure.subfigures(len(stripes), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for (_, fill), part in zip(stripes, parts):
-        fill(part)
+    return figure
+
+
+def save(figure, path):
     figure.savefig(path)
     print(f"wrote {path}")
 
 
-def images_stripe(title, images, captions, heat=None, rows=1, cols=1):
-    """Images (n, 3, H, W) uint8, all in one size, in rows of four; captions stand above them.
-
-    heat: (n, any, any), laid on top. rows, cols: cells of each image, with a border around each.
-    """
-    down = math.ceil(len(images) / ACROSS)
-    H, W = images.shape[-2:]
-
-    def fill(part):
-        part.suptitle(title, fontsize=10)
-        every = part.subplots(down, ACROSS, squeeze=False).flatten()
-        for i, axes in enumerate(every[: len(images)]):
-            axes.imshow(images[i].permute(1, 2, 0).numpy())
-            if heat is not None:
-                glow = (heat[i] / heat.max()).numpy()
-                extent = (-0.5, W - 0.5, H - 0.5, -0.5)
-                axes.imshow(glow, "inferno", alpha=0.8 * glow**0.5, extent=extent)
-            for row in range(1, rows):
-                axes.axhline(row * H / rows - 0.5, color="white", lw=0.7)
-            for col in range(1, cols):
-                axes.axvline(col * W / cols - 0.5, color="white", lw=0.7)
-            axes.set_title(captions[i], fontsize=7, family="monospace", pad=3)
-        for axes in every:
-            axes.axis("off")
-
-    lines = captions[0].count("\n") + 1
-    return down * (2.5 + 0.12 * lines) + 0.3, fill
-
-
 # ---------------------------------------------------------------- what the two paths see
-def path_stripes(view, config, heat=(None, None)):
+def draw_paths(path, title, view, config, heats=(None, None)):
     """The images that a model samples, a full frame as large as a frameset.
 
-    view: data.Views of one view. heat: of frames and of framesets.
+    view: data.Views of one view. heats: of frames and of framesets, (n, any, any), laid on top.
     """
     T, T_s, rows, cols = config.frames, config.spatial_frames, config.rows, config.cols
-    pixels, numbers, stripes = view.pixels[0], view.numbers, []
+    grids, numbers = [], view.numbers  # (images, captions, heat) of each path
     if config.method != "dualpath" or config.paths != "temporal":
-        title = f"spatial path: {T_s} of {T} frames, each an image"
-        captions = [f"frame {number}" for number in numbers[:: T // T_s]]
-        stripes.append(images_stripe(title, pixels[:: T // T_s], captions, heat[0]))
+        captions = [f"spatial path: frame {number}" for number in numbers[:: T // T_s]]
+        grids.append((view.pixels[0, :: T // T_s], captions, heats[0]))
     if config.method == "dualpath" and config.paths != "spatial":
-        title = f"temporal path: {T} frames, {rows * cols} in an image of the same size"
         lines = [" ".join(f"{n:5d}" for n in numbers[i : i + cols]) for i in range(0, T, cols)]
         captions = ["\n".join(lines[i : i + rows]) for i in range(0, len(lines), rows)]
-        images = frameset(view.pixels, rows, cols)[0]
-        stripes.append(images_stripe(title, images, captions, heat[1], rows, cols))
-    return stripes
+        captions = [f"temporal path: frames\n{numbers}" for numbers in captions]
+        grids.append((frameset(view.pixels, rows, cols)[0], captions, heats[1]))
+    heights = [math.ceil(len(images) / ACROSS) for images, _, _ in grids]
+    figure = new_figure(title, 3 * sum(heights))
+    parts = figure.subfigures(len(grids), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, height, (images, captions, heat) in zip(parts, heights, grids):
+        every = part.subplots(height, ACROSS, squeeze=False).flatten()
+        for axes in every:
+            axes.axis("off")
+        for i, axes in enumerate(every[: len(images)]):
+            axes.imshow(images[i].permute(1, 2, 0).numpy(), extent=(0, 1, 0, 1))
+            axes.set_title(captions[i], fontsize=7, family="monospace", pad=3)
+            if heat is not None:
+                glow = (heat[i] / heat.max()).numpy()
+                axes.imshow(glow, "inferno", alpha=0.8 * glow**0.5, extent=(0, 1, 0, 1))
+    save(figure, path)
 
 
 def central_view(video, num_frames, size, sampling="uniform", stride=1):
@@ -107,7 +87,7 @@ def draw_framesets(args):
     config = Config()
     view = central_view(args.video, config.frames, 224)
     title = f"what DualPath samples of {os.path.basename(args.video)}"
-    draw(args.picture, title, *path_stripes(view, config))
+    draw_paths(args.picture, title, view, config)
 
 
 # ---------------------------------------------------------------- attention over a clip
@@ -145,13 +125,13 @@ def draw_attention(args):
     model, content = load_checkpoint(args.checkpoint, args.backbone, args.pretrained)
     config, run, size = model.config, content["run"], model.visual.image_size[0]
     view = central_view(args.video, config.frames, size, run["sampling"], run["test_stride"])
-    heat = attention(model, view.pixels)
+    heats = attention(model, view.pixels)
     with torch.no_grad():
         scores, order = model(view.pixels)[0].softmax(-1).sort(descending=True)
     likeliest = [f"{run['classes'][c]} {100 * p:.1f} %" for p, c in zip(scores[:5], order)]
     title = f"where the class tokens look (bright): {os.path.basename(args.video)}"
     title = f"{title}\n{', '.join(likeliest)}"
-    draw(args.picture, title, *path_stripes(view, config, heat))
+    draw_paths(args.picture, title, view, config, heats)
 
 
 # ---------------------------------------------------------------- classes of a data set
@@ -171,33 +151,30 @@ def draw_classes(args):
     charts = {lowest: accuracies, "most frequent confusions": confusions[:MOST]}
     heights = [0.25 * len(bars) + 0.5 for bars in charts.values()]
 
-    def fill(part):
-        every = part.subplots(2, 1, height_ratios=heights)  # with one zero line
-        for axes, (title, bars) in zip(every, charts.items()):
-            drawn = axes.barh(range(len(bars)), [share for share, _ in bars], color="tab:orange")
-            axes.bar_label(drawn, [f"{100 * share:.1f} %" for share, _ in bars], padding=3)
-            axes.set_title(title, fontsize=10)
-            axes.set(xlim=(0, 1.1), xticks=[], ylim=(max(1, len(bars)) - 0.5, -0.5))
-            axes.set_yticks(range(len(bars)), [name for _, name in bars])
-            axes.spines[:].set_visible(False)
-
     top1 = sum(label == guess for label, guess in rows) / len(rows)
-    draw(args.picture, f"top-1 {100 * top1:.2f} %: {args.predictions}", (sum(heights), fill))
+    figure = new_figure(f"top-1 {100 * top1:.2f} %: {args.predictions}", sum(heights))
+    every = figure.subplots(2, 1, height_ratios=heights)  # with one zero line
+    for axes, (title, bars) in zip(every, charts.items()):
+        drawn = axes.barh(range(len(bars)), [share for share, _ in bars], color="tab:orange")
+        axes.bar_label(drawn, [f"{100 * share:.1f} %" for share, _ in bars], padding=3)
+        axes.set_title(title, fontsize=10)
+        axes.set(xlim=(0, 1.1), xticks=[], ylim=(max(1, len(bars)) - 0.5, -0.5))
+        axes.set_yticks(range(len(bars)), [name for _, name in bars])
+        axes.spines[:].set_visible(False)
+    save(figure, args.picture)
 
 
 # ---------------------------------------------------------------- curves of a run
 def draw_curves(args):
     with open(os.path.join(args.run, "log.jsonl")) as file:
         log = [json.loads(line) for line in file]
-
-    def fill(part):
-        for axes, key in zip(part.subplots(1, 3), ("train_loss", "lr", "val_top1")):
-            axes.plot([line["epoch"] for line in log], [line[key] for line in log], ".-", label=key)
-            axes.legend()
-            axes.set_xlabel("epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-
-    draw(args.picture, args.run, (3, fill))
+    figure = new_figure(args.run, 3)
+    for axes, key in zip(figure.subplots(1, 3), ("train_loss", "lr", "val_top1")):
+        axes.plot([line["epoch"] for line in log], [line[key] for line in log], ".-", label=key)
+        axes.legend()
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    save(figure, args.picture)
 
 
 # ---------------------------------------------------------------- as a script
