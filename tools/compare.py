@@ -22,6 +22,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -30,7 +31,6 @@ import torch
 
 import evaluate
 import train
-from support.datasets import find_videos
 from support.options import natural, positive_int
 from support.processes import UserError, on_signals, one_sentence
 from tools.report import table
@@ -66,15 +66,9 @@ def plan(args):
         if folder in runs:
             raise UserError(f"two runs would share {folder}: seeds, rows or roots are alike")
         runs[folder] = Run(row, seed, root, words, folder, args.tests)
-        file = f"{folder}/options.txt"
-        if os.path.exists(file):
-            with open(file) as written:
-                was = written.read().strip()
-            if was != shlex.join(words):
-                raise UserError(
-                    f"{folder} is a run with the options {was}, not {shlex.join(words)}: delete it,"
-                    " or choose other --runs"
-                )
+        written = Path(folder, "options.txt")
+        if written.exists() and written.read_text().strip() != shlex.join(words):
+            raise UserError(f"{written} has other options: delete this run, or take other --runs")
     return list(runs.values())
 
 
@@ -84,19 +78,17 @@ def commands(run):
     yield [train.__file__, *run.words, "--root", run.root, "--out", run.folder, "--resume"]
     options = vars(train.parse(run.words))
     same = [name for name in ("amp", "device", "limit", "workers") if options[name] is not None]
+    words = [f"--{name}={options[name]}" for name in same]
     for test in run.tests:
-        words = [f"--{name}={options[name]}" for name in same]
-        if test == "shuffled":
-            words.append("--shuffled")
-        file = f"{run.folder}/{test}.part"
-        yield [evaluate.__file__, f"{run.folder}/last.pt", "--predictions", file, *words]
+        own = ["--shuffled"] if test == "shuffled" else []
+        own += ["--predictions", f"{run.folder}/{test}.part"]
+        yield [evaluate.__file__, f"{run.folder}/last.pt", *own, *words]
 
 
 def make(run, environment, children):
     """One run, in processes that are added to children; what they print goes to output.txt."""
     os.makedirs(run.folder, exist_ok=True)
-    with open(f"{run.folder}/options.txt", "w") as file:
-        file.write(f"{shlex.join(run.words)}\n")
+    Path(run.folder, "options.txt").write_text(f"{shlex.join(run.words)}\n")
     with open(f"{run.folder}/output.txt", "a") as output:
         to_output = {"stdout": output, "stderr": subprocess.STDOUT}
         for command in commands(run):
@@ -235,15 +227,12 @@ def main(argv=None):
         runs = plan(args)
         todo = [run for run in runs if not run.is_done]
         print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True)
-        for run in todo:  # a missing root is refused now, and the demo drawn once
-            find_videos(args.data, run.root, train.parse(run.words).split)
         make_all(todo, args.jobs)
         rows = rows_of(runs, args)
         if rows:
             text = "\n".join(table(rows))
             print(text)
-            with open(f"{args.runs}/table.md", "w") as file:
-                file.write(f"{text}\n")
+            Path(args.runs, "table.md").write_text(f"{text}\n")
         return int(not all(run.is_done for run in runs))
 
 

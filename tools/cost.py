@@ -30,12 +30,8 @@ from tools.report import ratio, table, take_turns
 
 # Options of the rows of a method that has not just one, of 8 frames; T as in the methods' papers.
 ROWS = {
-    "dualpath": [
-        {"frames": 16},
-        {"frames": 32},
-        {"frames": 48},
-        {"frames": 48, "pre_attention_adapter": True},
-    ],
+    "dualpath": [{"frames": T} for T in (16, 32, 48)]
+    + [{"frames": 48, "pre_attention_adapter": True}],
     "aim": [{"frames": T, "spatial_frames": T} for T in (8, 16, 32)],
     "st_adapter": [{}, {"before": "both"}],
 }
@@ -71,7 +67,7 @@ def counted_rows(backbone, methods):
         for options in ROWS.get(method, [{}]):
             options = {"frames": 8} | options
             config = Config(method=method, backbone=backbone, pretrained=None, **options)
-            with torch.device("meta"):  # shapes without memory: counting needs no weights
+            with torch.device("meta"):  # shapes without memory
                 model = build_model(config)
             others = [f"{name}={options[name]}" for name in options if "frames" not in name]
             rows.append((config, {"method": " ".join([method, *others])} | count(model)))
@@ -167,8 +163,7 @@ def parse(argv):
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
     add("--json", metavar="FILE", help="write the table to a file, too")
     add("--batch", type=positive_int, default=1, metavar="N", help="clips per step (%(default)s)")
-    rounds = "all take turns in (%(default)s)"
-    add("--rounds", type=positive_int, default=5, metavar="N", help=rounds)
+    add("--rounds", type=positive_int, default=5, metavar="N", help="of turns (%(default)s)")
     add("--compile", action="store_true", help="as in train.py")
     add("--checkpoint-activations", action="store_true", help="as in train.py")
     return parser.parse_args(argv)
@@ -186,14 +181,13 @@ def main(argv=None):
         result["rows"] = []
         for backbone in args.backbone:
             counted = counted_rows(backbone, args.method)
-            title = f"{backbone}: counted"
+            print(f"{backbone}:")
             if not args.count:
                 plain = load_plain_model(backbone, None).to(device, dtype).requires_grad_(False)
                 tflops = measure(counted, plain, args, device, dtype)
-                title = f"{backbone}: {args.batch} clips, {machine}, {dtype}"
-                title += f"\na large product has {tflops:.3g} TFLOP/s"
+                print(f"{args.batch} clips, {dtype}, {machine}; a product has {tflops:.3g} TFLOP/s")
             rows = [row for _, row in counted]
-            print(title, *table(rows), "", sep="\n")
+            print(*table(rows), "", sep="\n")
             result["rows"] += [{"backbone": backbone} | row for row in rows]
         if args.json:
             with open(args.json, "w") as file:
