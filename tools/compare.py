@@ -169,21 +169,19 @@ def difference(first, other, group):
 
 def rows_of(runs, args):
     """The table, as dicts of text. A method has its row once all of its runs are done."""
-    rows, first = [], None
+    rows, answers = [], {}
     for name, _ in args.method:
         own = [run for run in runs if run.row == name]
         if not all(run.is_done for run in own):
             continue
-        answers = read_answers(own, "predictions")
-        row = {"method": name, "top-1, %": accuracy(answers)}
+        answers[name] = read_answers(own, "predictions")
+        row = {"method": name, "top-1, %": accuracy(answers[name])}
         if args.shuffled:
             row["shuffled"] = accuracy(read_answers(own, "shuffled"))
-        first_name, first_answers = first = first or (name, answers)
-        compared = "–"
-        if answers is not first_answers:
-            compared = difference(first_answers, answers, args.group)
-        row[f"{first_name} − this (95 %)"] = compared
-        rows.append(row)
+        first, compared = next(iter(answers)), "–"
+        if name != first:
+            compared = difference(answers[first], answers[name], args.group)
+        rows.append(row | {f"{first} − this (95 %)": compared})
     return rows
 
 
