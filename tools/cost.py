@@ -107,23 +107,6 @@ def steps_of(model, plain, batch, device, dtype):
     }
 
 
-def speeds(method, gmacs, seconds, row, batch, rate):
-    """Columns of the table.
-
-    gmacs: of a clip. seconds: {(row, kind): those of its rounds}. rate: multiply-accumulates a
-    second of the device's own large product.
-    """
-    forward, train = seconds[row, "forward"], seconds[row, "train"]
-    macs = FORWARDS.get(method, 2) * gmacs * 1e9 * batch
-    return {
-        "forward/s": batch / median(forward),
-        "forward ÷ plain": ratio(forward, seconds[row, "plain forward"]),
-        "train/s": batch / median(train),
-        "train ÷ plain": ratio(train, seconds[row, "plain train"]),
-        "MFU": macs / median(train) / rate,
-    }
-
-
 def peak_gigabytes(run):
     """The most that run() takes at once on a CUDA GPU, beside the weights and AdamW's averages."""
     before = torch.cuda.memory_allocated()
@@ -144,9 +127,17 @@ def measure(counted, plain, args, device, dtype):
         steps |= {(i, kind): function for kind, function in own.items()}
     wait = torch.accelerator.synchronize if device.type != "cpu" else None
     seconds = take_turns(steps, args.rounds, wait)
-    rate = n**3 / median(seconds["product"])
+    rate = n**3 / median(seconds["product"])  # multiply-accumulates a second
     for i, (config, row) in enumerate(counted):
-        row |= speeds(config.method, row["GMACs/view"], seconds, i, args.batch, rate)
+        forward, train = seconds[i, "forward"], seconds[i, "train"]
+        macs = FORWARDS.get(config.method, 2) * row["GMACs/view"] * 1e9 * args.batch
+        row |= {
+            "forward/s": args.batch / median(forward),
+            "forward ÷ plain": ratio(forward, seconds[i, "plain forward"]),
+            "train/s": args.batch / median(train),
+            "train ÷ plain": ratio(train, seconds[i, "plain train"]),
+            "MFU": macs / median(train) / rate,
+        }
         if device.type == "cuda":
             row["GB/clip"] = peak_gigabytes(steps[i, "train"]) / args.batch
             row["plain GB/clip"] = peak_gigabytes(steps[i, "plain train"]) / args.batch

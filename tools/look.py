@@ -37,13 +37,8 @@ def new_figure(title, height):
     return figure
 
 
-def save(figure, path):
-    figure.savefig(path)
-    print(f"wrote {path}")
-
-
 # ---------------------------------------------------------------- what the two paths see
-def draw_paths(path, title, view, config, heats=(None, None)):
+def draw_paths(title, view, config, heats=(None, None)):
     """The images that a model samples, a full frame as large as a frameset.
 
     view: data.Views of one view. heats: of frames and of framesets, (n, any, any), laid on top.
@@ -71,7 +66,7 @@ def draw_paths(path, title, view, config, heats=(None, None)):
             if heat is not None:
                 glow = (heat[i] / heat.max()).numpy()
                 axes.imshow(glow, "inferno", alpha=0.8 * glow**0.5, extent=(0, 1, 0, 1))
-    save(figure, path)
+    return figure
 
 
 def central_view(video, num_frames, size, sampling="uniform", stride=1):
@@ -87,7 +82,7 @@ def draw_framesets(args):
     config = Config()
     view = central_view(args.video, config.frames, 224)
     title = f"what DualPath samples of {os.path.basename(args.video)}"
-    draw_paths(args.picture, title, view, config)
+    return draw_paths(title, view, config)
 
 
 # ---------------------------------------------------------------- attention over a clip
@@ -131,7 +126,7 @@ def draw_attention(args):
     likeliest = [f"{run['classes'][c]} {100 * p:.1f} %" for p, c in zip(scores[:5], order)]
     title = f"where the class tokens look (bright): {os.path.basename(args.video)}"
     title = f"{title}\n{', '.join(likeliest)}"
-    draw_paths(args.picture, title, view, config, heats)
+    return draw_paths(title, view, config, heats)
 
 
 # ---------------------------------------------------------------- classes of a data set
@@ -161,7 +156,7 @@ def draw_classes(args):
         axes.set(xlim=(0, 1.1), xticks=[], ylim=(max(1, len(bars)) - 0.5, -0.5))
         axes.set_yticks(range(len(bars)), [name for _, name in bars])
         axes.spines[:].set_visible(False)
-    save(figure, args.picture)
+    return figure
 
 
 # ---------------------------------------------------------------- curves of a run
@@ -174,21 +169,21 @@ def draw_curves(args):
         axes.legend()
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    save(figure, args.picture)
+    return figure
 
 
 # ---------------------------------------------------------------- as a script
 def parse(argv):
     parser = argparse.ArgumentParser("python -m tools.look")
     kinds = parser.add_subparsers(required=True)
-    for name, act, inputs, help in (
+    for name, draw, inputs, help in (
         ("framesets", draw_framesets, ["video"], "what the two paths see of a video"),
         ("attention", draw_attention, ["checkpoint", "video"], "where a model looks in a clip"),
         ("classes", draw_classes, ["predictions"], "accuracy of each class, confusions"),
         ("curves", draw_curves, ["run"], "loss, learning rate and accuracy of a run"),
     ):
         kind = kinds.add_parser(name, help=help)
-        kind.set_defaults(act=act)
+        kind.set_defaults(draw=draw)
         for argument in inputs:
             kind.add_argument(argument)
         kind.add_argument("picture", metavar="FILE.png")
@@ -201,7 +196,8 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     with one_sentence("look.py"):
-        args.act(args)
+        args.draw(args).savefig(args.picture)
+        print(f"wrote {args.picture}")
 
 
 if __name__ == "__main__":

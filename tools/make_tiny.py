@@ -18,6 +18,7 @@ from model import load_checkpoint
 from support.backbones import ROOT
 from support.demo import SIZE, TEXTURES, Scene, draw_data
 
+TINY = f"{ROOT}/assets/tiny"
 CLASSES = [(texture, cell) for texture in TEXTURES for cell in range(16)]
 CLASSES += [("sheet", cell) for cell in range(9)]
 OPTIONS = (
@@ -47,8 +48,6 @@ if __name__ == "__main__":
     draw_data("data/stills", (24600, 410), draw_still, CLASSES)
     train.main([*OPTIONS, "--epochs", "5"])
     # open_clip insists on a text tower; nobody uses it.
-    clip = open_clip.create_model(f"local-dir:{ROOT}/assets/tiny", load_weights=False)
+    clip = open_clip.create_model(f"local-dir:{TINY}", load_weights=False)
     clip.visual = load_checkpoint("runs/stills/last.pt")[0].visual
-    safetensors.torch.save_file(
-        clip.state_dict(), f"{ROOT}/assets/tiny/open_clip_model.safetensors"
-    )
+    safetensors.torch.save_file(clip.state_dict(), f"{TINY}/open_clip_model.safetensors")

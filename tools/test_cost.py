@@ -28,19 +28,25 @@ def test_every_method_is_counted(tmp_path):
         cost.main(["--count", "--backbone", "swin_t", "--method", "aim"])
 
 
-def test_columns_hold_medians_and_medians_of_ratios():
+def test_columns_hold_medians_and_medians_of_ratios(tmp_path, monkeypatch):
     seconds = {
-        (0, "forward"): [2.0, 4.0, 9.0],
-        (0, "train"): [8.0, 8.0, 8.0],
-        (0, "plain forward"): [1.0, 4.0, 3.0],
-        (0, "plain train"): [4.0, 8.0, 16.0],
+        "forward": [2.0, 4.0, 9.0],
+        "train": [8.0, 8.0, 8.0],
+        "plain forward": [1.0, 4.0, 3.0],
+        "plain train": [4.0, 8.0, 16.0],
+        "product": [0.5, 2.0, 0.5],
     }
-    row = cost.speeds("dualpath", 3.0, seconds, 0, batch=2, rate=1e10)
-    assert row["forward/s"] == 0.5 and row["forward ÷ plain"] == 2  # of 2, 1 and 3
-    assert row["train/s"] == 0.25 and row["train ÷ plain"] == 1
-    for name, forwards in (("linear", 1), ("aim", 2), ("full", 3)):
-        mfu = cost.speeds(name, 3.0, seconds, 0, 2, 1e10)["MFU"]
-        assert mfu == pytest.approx(forwards * 3e9 * 2 / 8 / 1e10)
+
+    def take_turns(steps, rounds, wait):
+        return {name: seconds[name[1] if len(name) == 2 else name] for name in steps}
+
+    monkeypatch.setattr(cost, "take_turns", take_turns)
+    words = ["--backbone", "tiny", "--batch", "2", "--method", "linear", "adaptformer", "full"]
+    for row, forwards in zip(costs(tmp_path / "a.json", *words), (1, 2, 3), strict=True):
+        assert row["forward/s"] == 0.5 and row["forward ÷ plain"] == 2  # of 2, 1 and 3
+        assert row["train/s"] == 0.25 and row["train ÷ plain"] == 1
+        rate, macs = 2048**3 / 0.5, forwards * row["GMACs/view"] * 1e9 * 2
+        assert row["MFU"] == pytest.approx(macs / 8 / rate)
 
 
 def test_the_benchmark_measures_next_to_the_plain_model(tmp_path, capsys):
