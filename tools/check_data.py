@@ -30,17 +30,16 @@ OPTIONS = DATA_OPTIONS | {  # name: (default, kind, help)
 
 def try_video(choose, path):
     """→ (frames of the video, what is wrong or None, seconds that a sample of it takes)."""
-    start = time.perf_counter()
+    start, count, wrong = time.perf_counter(), 0, None
     try:
-        video = read_frames(path, choose)
+        pixels, _, count = read_frames(path, choose)
+        training_transform("rand", 224)(torch.from_numpy(pixels).permute(0, 3, 1, 2)).contiguous()
     except VideoError as error:
-        return 0, str(error), 0
-    frames = torch.from_numpy(video.pixels).permute(0, 3, 1, 2)
-    training_transform("rand", 224)(frames).contiguous()
-    return video.count, None, time.perf_counter() - start
+        wrong = str(error)
+    return count, wrong, time.perf_counter() - start
 
 
-def check(videos, paths, args):
+def problems(args, videos, paths):
     """Yield (problem, video or class) of each problem; in the end, print the speed."""
     for split, path in videos.missing:
         yield f"missing {split} video", path
@@ -59,7 +58,7 @@ def check(videos, paths, args):
         if count < enough:
             yield "short", f"{path}: {count} frames"
     if seconds:
-        print(f"{1 / np.mean(seconds):.1f} samples/s per worker")
+        print(f"{len(seconds) / sum(seconds):.1f} samples/s per worker")
 
 
 def main(argv=None):
@@ -74,7 +73,7 @@ def main(argv=None):
         print(f"{args.data}: {videos.found}\n{counts}, {len(videos.classes)} classes")
         paths = sorted({path for path, _ in videos.train + videos.val})
         paths = np.random.default_rng(0).permutation(paths)[: args.limit].tolist()
-        for kind, what in check(videos, paths, args):
+        for kind, what in problems(args, videos, paths):
             print(f"{kind}: {what}", flush=True)
             kinds[kind] += 1
         summary = ", ".join(f"{number} x {kind}" for kind, number in kinds.items())

@@ -25,7 +25,7 @@ import numpy as np
 from support.datasets import VIDEO_SUFFIXES
 from support.options import positive_int
 from support.processes import UserError, in_parallel, on_signals, one_sentence
-from support.video import VideoError, every_frame, one_error, read_frames
+from support.video import VideoError, every_frame, one_error
 
 # A clip is 32 frames out of hundreds: the reader begins at a key frame near each of them and passes
 # over three frames of four, which no other refers to. Without deblocking and arithmetic coding
@@ -68,8 +68,6 @@ def write_fast(source, target, short_side):
             frame.pts = number
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    if read_frames(target, [0]).count != number + 1:
-        raise VideoError(f"cannot copy {source}: not all of its {number + 1} frames would be there")
 
 
 def copy_file(short_side, job):
@@ -94,15 +92,11 @@ def copy_file(short_side, job):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.copy_data",
-        description="Copy a folder into one whose videos are small and read fast.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser("python -m tools.copy_data")
     add = parser.add_argument
     add("source", metavar="SRC", help="folder of videos, in any layout; it is only read")
-    add("target", metavar="DST", help="folder of the copies")
-    add("--short-side", type=positive_int, default=256, metavar="PX", help="nothing is enlarged")
+    add("target", metavar="DST", help="folder of the copies, small and fast to read")
+    add("--short-side", type=positive_int, default=256, metavar="PX", help="at most (%(default)s)")
     add("--workers", type=positive_int, default=os.cpu_count(), metavar="N", help="processes")
     args = parser.parse_args(argv)
     with one_sentence("copy_data.py"), on_signals(sys.exit):

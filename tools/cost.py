@@ -24,18 +24,14 @@ from adapters import METHODS
 from model import Config, build_model, prepare
 from support.backbones import load_plain_model
 from support.options import positive_int
-from support.processes import UserError, one_sentence
+from support.processes import choose_device, one_sentence
 from support.runs import count_parameters
 from tools.report import ratio, table, take_turns
 
 # Options of the rows of a method that has not just one, of 8 frames; T as in the methods' papers.
 ROWS = {
-    "dualpath": [
-        {"frames": 16},
-        {"frames": 32},
-        {"frames": 48},
-        {"frames": 48, "pre_attention_adapter": True},
-    ],
+    "dualpath": [{"frames": T} for T in (16, 32, 48)]
+    + [{"frames": 48, "pre_attention_adapter": True}],
     "aim": [{"frames": T, "spatial_frames": T} for T in (8, 16, 32)],
     "st_adapter": [{}, {"before": "both"}],
 }
@@ -48,47 +44,33 @@ FORWARDS = {"linear": 1, "full": 3}
 def count(model):
     """Images, parameters and multiply-accumulates of a clip, for a model on the meta device.
 
-    "in blocks": what is trained there, so without the head, tokens and position embeddings. One
-    forward pass, with gradients on: the counter cannot see into a CPU's kernels for inference.
+    One forward pass, with gradients on: the counter cannot see into a CPU's kernels for inference.
     """
     T, (H, W) = model.config.frames, model.visual.image_size
     video = torch.zeros(1, T, 3, H, W, dtype=torch.uint8, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(video)
-    gmacs = counter.get_total_flops() / 2e9  # a multiply-accumulate is two FLOPs
     tuned, everything = count_parameters(model)
-    in_blocks = count_parameters(model.blocks)[0] + count_parameters(model.visual.blocks)[0]
     return {
         "T": T,
         "images": model.images_per_clip,
         "all M": everything / 1e6,
         "tuned M": tuned / 1e6,
-        "in blocks M": in_blocks / 1e6,
-        "GMACs/view": gmacs,
-        "3 views": 3 * gmacs,
+        "GMACs/view": counter.get_total_flops() / 2e9,  # a multiply-accumulate is two FLOPs
     }
 
 
 def counted_rows(backbone, methods):
-    """(Config, row of the table) of each method and its options that the backbone can have."""
-    rows, refusals = [], {}
+    """(Config, row of the table) of each method and its options."""
+    rows = []
     for method in methods:
         for options in ROWS.get(method, [{}]):
-            config = Config(
-                method=method, backbone=backbone, pretrained=None, **{"frames": 8} | options
-            )
-            try:
-                with torch.device("meta"):  # shapes without memory: counting needs no weights
-                    model = build_model(config)
-            except UserError as error:
-                refusals[str(error)] = error
-                continue
+            options = {"frames": 8} | options
+            config = Config(method=method, backbone=backbone, pretrained=None, **options)
+            with torch.device("meta"):  # shapes without memory
+                model = build_model(config)
             others = [f"{name}={options[name]}" for name in options if "frames" not in name]
             rows.append((config, {"method": " ".join([method, *others])} | count(model)))
-    if not rows:
-        raise list(refusals.values())[0]
-    for sentence in refusals:
-        print(sentence)
     return rows
 
 
@@ -125,73 +107,54 @@ def steps_of(model, plain, batch, device, dtype):
     }
 
 
-def speeds(method, gmacs, seconds, first_forward, batch, rate):
-    """Columns of the table.
-
-    gmacs: of a clip. seconds: {kind: those of its rounds}. first_forward: those of the first row's.
-    rate: multiply-accumulates a second of the device's own large product.
-    """
-    macs = FORWARDS.get(method, 2) * gmacs * 1e9 * batch
-    return {
-        "forward/s": batch / median(seconds["forward"]),
-        "forward ÷ plain": ratio(seconds["forward"], seconds["plain forward"]),
-        "train/s": batch / median(seconds["train"]),
-        "train ÷ plain": ratio(seconds["train"], seconds["plain train"]),
-        "growth": ratio(seconds["forward"], first_forward),
-        "MFU": macs / median(seconds["train"]) / rate,
-    }
-
-
-def peak_gigabytes(net, run):
-    """The most that run() needs at once on a CUDA GPU: net's weights and optimiser, not its inputs.
-
-    Other models are on the GPU, too, so what was there before does not count.
-    """
+def peak_gigabytes(run):
+    """The most that run() takes at once on a CUDA GPU, beside the weights and AdamW's averages."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
-    taken = torch.cuda.max_memory_allocated() - before
-    weights = sum(p.nbytes for p in net.parameters())
-    averages = sum(2 * p.nbytes for p in net.parameters() if p.requires_grad)  # AdamW's
-    return (weights + averages + taken) / 1e9
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def measure(counted, plain, args, device, dtype):
-    """(Config, row) of each model → the rows with what is measured, a large product's TFLOP/s."""
+    """Add what is measured to the rows of (Config, row); returns a large product's TFLOP/s."""
     n = 2048 if device.type == "cpu" else 8192
     square = torch.randn(n, n, device=device, dtype=dtype)
-    everything, models, steps = {"product": lambda: square @ square}, [], []
+    steps = {"product": lambda: square @ square}
     for i, (config, _) in enumerate(counted):
         model = build_model(config).to(device)
-        models.append(prepare(model, dtype, args.compile, args.checkpoint_activations))
-        steps.append(steps_of(model, plain, args.batch, device, dtype))
-        everything |= {(i, kind): function for kind, function in steps[i].items()}
+        model = prepare(model, dtype, args.compile, args.checkpoint_activations)
+        own = steps_of(model, plain, args.batch, device, dtype)
+        steps |= {(i, kind): function for kind, function in own.items()}
     wait = torch.accelerator.synchronize if device.type != "cpu" else None
-    seconds = take_turns(everything, args.rounds, wait)
-    rate = n**3 / median(seconds["product"])
-    rows = []
+    seconds = take_turns(steps, args.rounds, wait)
+    rate = n**3 / median(seconds["product"])  # multiply-accumulates a second
     for i, (config, row) in enumerate(counted):
-        own, first = {kind: seconds[i, kind] for kind in steps[i]}, seconds[0, "forward"]
-        row |= speeds(config.method, row["GMACs/view"], own, first, args.batch, rate)
+        forward, train = seconds[i, "forward"], seconds[i, "train"]
+        macs = FORWARDS.get(config.method, 2) * row["GMACs/view"] * 1e9 * args.batch
+        row |= {
+            "forward/s": args.batch / median(forward),
+            "forward ÷ plain": ratio(forward, seconds[i, "plain forward"]),
+            "train/s": args.batch / median(train),
+            "train ÷ plain": ratio(train, seconds[i, "plain train"]),
+            "MFU": macs / median(train) / rate,
+        }
         if device.type == "cuda":
-            row["GB/clip"] = peak_gigabytes(models[i], steps[i]["train"]) / args.batch
-            row["plain GB/clip"] = peak_gigabytes(plain, steps[i]["plain train"]) / args.batch
-        rows.append(row)
-    return rows, 2e-12 * rate
+            row["GB/clip"] = peak_gigabytes(steps[i, "train"]) / args.batch
+            row["plain GB/clip"] = peak_gigabytes(steps[i, "plain train"]) / args.batch
+    return 2e-12 * rate
 
 
 # ---------------------------------------------------------------- as a script
 def parse(argv):
     parser = argparse.ArgumentParser("python -m tools.cost")
     add = parser.add_argument
-    backbones = ["ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "swin_b", "ViT-B-16-SigLIP2"]
+    backbones = ["ViT-B-16-quickgelu", "ViT-L-14-quickgelu"]
     add("--count", action="store_true", help="count only, measure nothing")
     add("--backbone", nargs="+", default=backbones, metavar="NAME", help="(%(default)s)")
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
     add("--json", metavar="FILE", help="write the table to a file, too")
     add("--batch", type=positive_int, default=1, metavar="N", help="clips per step (%(default)s)")
-    rounds = "all take turns in (%(default)s)"
-    add("--rounds", type=positive_int, default=5, metavar="N", help=rounds)
+    add("--rounds", type=positive_int, default=5, metavar="N", help="of turns (%(default)s)")
     add("--compile", action="store_true", help="as in train.py")
     add("--checkpoint-activations", action="store_true", help="as in train.py")
     return parser.parse_args(argv)
@@ -199,26 +162,22 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    machine = f"{torch.get_num_threads()} CPU threads"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name()
-    result = vars(args) | {"torch": torch.__version__, "device": machine, "type": str(dtype)}
-    result["rows"] = []
     with one_sentence("cost.py"):
-        if args.json:
-            open(args.json, "a").close()  # if this fails, then before the measurement
+        device = choose_device("auto")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        machine = f"{torch.get_num_threads()} CPU threads"
+        if device.type == "cuda":
+            machine = torch.cuda.get_device_name()
+        result = vars(args) | {"torch": torch.__version__, "device": machine, "type": str(dtype)}
+        result["rows"] = []
         for backbone in args.backbone:
             counted = counted_rows(backbone, args.method)
-            if args.count:
-                rows = [row for _, row in counted]
-                print(f"{backbone}: counted")
-            else:
+            print(f"{backbone}:")
+            if not args.count:
                 plain = load_plain_model(backbone, None).to(device, dtype).requires_grad_(False)
-                rows, tflops = measure(counted, plain, args, device, dtype)
-                print(f"{backbone}: {args.batch} clips, {machine}, {dtype}")
-                print(f"a large product has {tflops:.3g} TFLOP/s")
+                tflops = measure(counted, plain, args, device, dtype)
+                print(f"{args.batch} clips, {dtype}, {machine}; a product has {tflops:.3g} TFLOP/s")
+            rows = [row for _, row in counted]
             print(*table(rows), "", sep="\n")
             result["rows"] += [{"backbone": backbone} | row for row in rows]
         if args.json:

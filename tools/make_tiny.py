@@ -1,13 +1,11 @@
 """How the weights in assets/tiny were made: by pretraining on drawn stills, in which nothing moves.
 
-    python -m tools.make_tiny              # 15 minutes on two CPU cores
+    python -m tools.make_tiny              # 15 minutes on two CPU cores; overwrites the weights
 
 Either one striped thing, class = its texture and cell (4 x 4); or a sheet of 16 small ones, each in
 a little frame of its own, all in the same cell (3 x 3), which is the class. A still is a clip of
 one frame, so train.py's `full` trains on them.
 """
-
-import argparse
 
 import numpy as np
 import open_clip
@@ -34,35 +32,22 @@ def draw_still(seed, kind, cell):
     """→ (1, 64, 64, 3) uint8; kind: a texture, or sheet."""
     rng = np.random.default_rng(seed)
     scene = Scene(rng)
-    if kind == "sheet":
-        return draw_sheet(rng, scene, cell)
-    low, high = scene.radius // 2, SIZE - scene.radius // 2
-    corner = [int(np.clip(rng.integers(c * 16, c * 16 + 16), low, high)) for c in divmod(cell, 4)]
-    return scene.draw(kind, *corner)[None]
-
-
-def draw_sheet(rng, scene, cell):
-    """16 pictures of a scene, shrunk and tiled as a frameset."""
-    texture = TEXTURES[rng.integers(2)]
-    frames = []
+    if kind != "sheet":
+        low, high = scene.radius // 2, SIZE - scene.radius // 2
+        corner = [np.clip(rng.integers(c * 16, c * 16 + 16), low, high) for c in divmod(cell, 4)]
+        return scene.draw(kind, *corner)[None]
+    texture, frames = TEXTURES[rng.integers(2)], []
     for _ in range(16):
-        corner = [int(rng.integers(8 + c * 16, 24 + c * 16)) for c in divmod(cell, 3)]
+        corner = [rng.integers(8 + c * 16, 24 + c * 16) for c in divmod(cell, 3)]
         frames.append(scene.draw(texture, *corner))
     video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)  # (16, 3, 64, 64)
     return frameset(video[None])[0].permute(0, 2, 3, 1).numpy()
 
 
-def make(folder=TINY, numbers=(24600, 410), epochs=5):
-    """Write the weights beside a folder's open_clip_config.json; numbers: as draw_data's."""
-    draw_data("data/stills", numbers, draw_still, CLASSES)
-    train.main([*OPTIONS, "--epochs", str(epochs)])
-    # open_clip insists on a text tower; nobody uses it.
-    clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    clip.visual = load_checkpoint("runs/stills/last.pt")[0].visual
-    safetensors.torch.save_file(clip.state_dict(), f"{folder}/open_clip_model.safetensors")
-
-
 if __name__ == "__main__":
-    about = "Pretrain the demo's image model on drawn stills: overwrites assets/tiny."
-    argparse.ArgumentParser("python -m tools.make_tiny", description=about).parse_args()
-    make()
+    draw_data("data/stills", (24600, 410), draw_still, CLASSES)
+    train.main([*OPTIONS, "--epochs", "5"])
+    # open_clip insists on a text tower; nobody uses it.
+    clip = open_clip.create_model(f"local-dir:{TINY}", load_weights=False)
+    clip.visual = load_checkpoint("runs/stills/last.pt")[0].visual
+    safetensors.torch.save_file(clip.state_dict(), f"{TINY}/open_clip_model.safetensors")

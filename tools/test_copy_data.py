@@ -159,19 +159,6 @@ def test_stopped_it_says_so_and_a_second_run_does_the_rest(tmp_path):
     assert (out / done[0]).read_bytes() == b"is there"
 
 
-def test_a_full_disk_ends_it_with_a_sentence(micro, tmp_path):
-    code = (
-        "import resource, sys; from tools import copy_data;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"  # bytes, of any file
-        "copy_data.main(sys.argv[1:])"
-    )
-    out = tmp_path / "full"
-    process = start("-c", code, micro, str(out), "--workers", "1", cwd=HERE)
-    said = process.stdout.read().strip()
-    assert process.wait() == 1 and "Traceback" not in said and everything(out) == {}
-    assert f"copy_data.py: [Errno 27] File too large: '{micro}" in said
-
-
 def test_user_errors_get_a_sentence_and_write_nothing(tmp_path):
     source = tmp_path / "set"
     os.makedirs(source)

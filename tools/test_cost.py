@@ -1,7 +1,6 @@
 """The counts, and that the benchmark measures what it says, next to the plain model."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -17,47 +16,37 @@ def costs(path, *words):
         return json.load(file)["rows"]
 
 
-def test_the_count_is_the_papers(tmp_path):
-    words = ["--count", "--backbone", "ViT-B-16-quickgelu", "--method", "dualpath", "st_adapter"]
-    rows = costs(tmp_path / "a.json", *words)
-    in_blocks = {row["method"]: round(row["in blocks M"], 2) for row in rows}
-    assert in_blocks["dualpath"] == 9.48
-    assert in_blocks["dualpath pre_attention_adapter=True"] == 11.85
-    assert in_blocks["st_adapter"] == 7.11 and in_blocks["st_adapter before=both"] == 14.22
-    assert rows[0]["3 views"] == 3 * rows[0]["GMACs/view"]
-
-
-def test_every_method_has_a_row_where_its_backbone_allows(tmp_path, capsys):
+def test_every_method_is_counted(tmp_path):
     found = costs(tmp_path / "a.json", "--count", "--backbone", "tiny")
     assert [row["images"] for row in found if row["method"] == "aim"] == [8, 16, 32]
     rows = {row["method"]: row for row in found}
     assert rows.keys() > METHODS.keys() and rows["full"]["T"] == rows["full"]["images"] == 8
     assert rows["full"]["tuned M"] == rows["full"]["all M"] == rows["linear"]["all M"]
-    assert rows["linear"]["in blocks M"] == 0 < rows["vpt"]["in blocks M"]
-    capsys.readouterr()
-    words = ["--count", "--backbone", "swin_t", "--method", "aim", "linear", "vpt"]
-    rows = costs(tmp_path / "a.json", *words)
-    assert [row["method"] for row in rows] == ["linear"]
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(", and")[0] for line in lines[:2]] == [
-        "aim needs a class token",
-        "vpt needs a class token",
-    ]
+    both, one = rows["st_adapter before=both"], rows["st_adapter"]
+    assert both["tuned M"] > 1.5 * one["tuned M"]
+    with pytest.raises(SystemExit, match="cost.py: aim needs a class token"):
+        cost.main(["--count", "--backbone", "swin_t", "--method", "aim"])
 
 
-def test_columns_hold_medians_and_medians_of_ratios():
+def test_columns_hold_medians_and_medians_of_ratios(tmp_path, monkeypatch):
     seconds = {
         "forward": [2.0, 4.0, 9.0],
         "train": [8.0, 8.0, 8.0],
         "plain forward": [1.0, 4.0, 3.0],
         "plain train": [4.0, 8.0, 16.0],
+        "product": [0.5, 2.0, 0.5],
     }
-    row = cost.speeds("dualpath", 3.0, seconds, [1.0, 1.0, 1.0], batch=2, rate=1e10)
-    assert row["forward/s"] == 0.5 and row["forward ÷ plain"] == 2  # of 2, 1 and 3
-    assert row["train/s"] == 0.25 and row["train ÷ plain"] == 1 and row["growth"] == 4
-    for name, forwards in (("linear", 1), ("aim", 2), ("full", 3)):
-        mfu = cost.speeds(name, 3.0, seconds, [1.0] * 3, 2, 1e10)["MFU"]
-        assert mfu == pytest.approx(forwards * 3e9 * 2 / 8 / 1e10)
+
+    def take_turns(steps, rounds, wait):
+        return {name: seconds[name[1] if len(name) == 2 else name] for name in steps}
+
+    monkeypatch.setattr(cost, "take_turns", take_turns)
+    words = ["--backbone", "tiny", "--batch", "2", "--method", "linear", "adaptformer", "full"]
+    for row, forwards in zip(costs(tmp_path / "a.json", *words), (1, 2, 3), strict=True):
+        assert row["forward/s"] == 0.5 and row["forward ÷ plain"] == 2  # of 2, 1 and 3
+        assert row["train/s"] == 0.25 and row["train ÷ plain"] == 1
+        rate, macs = 2048**3 / 0.5, forwards * row["GMACs/view"] * 1e9 * 2
+        assert row["MFU"] == pytest.approx(macs / 8 / rate)
 
 
 def test_the_benchmark_measures_next_to_the_plain_model(tmp_path, capsys):
@@ -65,22 +54,20 @@ def test_the_benchmark_measures_next_to_the_plain_model(tmp_path, capsys):
     rows = costs(tmp_path / "a.json", *words)
     out = capsys.readouterr().out
     assert [(row["T"], row["images"]) for row in rows[:3]] == [(16, 9), (32, 10), (48, 11)]
-    assert rows[4]["method"] == "linear" and rows[0]["growth"] == 1
+    assert rows[4]["method"] == "linear"
     for row in rows:
         assert f"{row['train ÷ plain']:.5g}" in out and f"{row['GMACs/view']:.5g}" in out
-        assert row["growth"] == pytest.approx(rows[0]["forward/s"] / row["forward/s"], rel=1e-3)
         assert row["MFU"] > 0 and row["train ÷ plain"] > 0 and row["forward ÷ plain"] > 0
 
 
-def test_memory_is_a_models_own_and_its_steps(monkeypatch):
+def test_memory_is_a_steps_own(monkeypatch):
     """On a GPU that holds other models, too; here its allocator is a pretended one."""
-    net, calls = torch.nn.Linear(1000, 1000, bias=False), []
+    calls = []
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5e9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e9 + 1e9 * len(calls))
-    assert cost.peak_gigabytes(net, lambda: calls.append("run")) == 2 + 3 * 4e-3
+    assert cost.peak_gigabytes(lambda: calls.append("run")) == 2
     assert calls == ["reset", "run"]
-    assert cost.peak_gigabytes(net.requires_grad_(False), calls.clear) == 4e-3
 
 
 def test_a_training_step_trains_and_a_plain_one_reaches_pixels():
@@ -96,20 +83,10 @@ def test_a_training_step_trains_and_a_plain_one_reaches_pixels():
     assert len(seen) == 1 and seen[0].abs().max() > 0 and pixels.grad is None
 
 
-@pytest.mark.parametrize(
-    "words, sentence",
-    [
-        (["--backbone", "x"], "cost.py: .*'x'"),
-        (["--json", "/no/where/a.json"], "cost.py: .*/no/where/a.json"),
-        (["--rounds", "0"], "2"),  # argparse says it
-        ([], r"cost.py: CUDA out of memory. \(a smaller"),
-    ],
-)
-def test_what_cannot_be_measured_gets_a_sentence(words, sentence, monkeypatch):
+def test_what_cannot_be_measured_gets_a_sentence(monkeypatch):
     def take_turns(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it.")
 
     monkeypatch.setattr(cost, "take_turns", take_turns)
-    with pytest.raises(SystemExit) as stop:
-        cost.main(["--backbone", "tiny", "--method", "linear", *words])
-    assert re.match(sentence, str(stop.value))
+    with pytest.raises(SystemExit, match=r"cost.py: CUDA out of memory. \(a smaller"):
+        cost.main(["--backbone", "tiny", "--method", "linear"])

@@ -1,5 +1,6 @@
 """Pictures show what they say: what the paths see, attention, classes, curves."""
 
+import re
 import sys
 
 import numpy as np
@@ -35,9 +36,9 @@ def drawn(monkeypatch):
     return pictures
 
 
-def shown(stripe):
-    """The images of a stripe (n, H, W, 3), their heats, and the captions above them."""
-    used = [axes for axes in stripe.axes if axes.images]
+def shown(part):
+    """The images in a part of a picture (n, H, W, 3), their heats, and their captions."""
+    used = [axes for axes in part.axes if axes.images]
     images = np.stack([axes.images[0].get_array() for axes in used])
     heats = [axes.images[1].get_array() for axes in used if len(axes.images) > 1]
     return images, heats, [axes.get_title() for axes in used]
@@ -62,11 +63,10 @@ def test_framesets_shows_what_the_model_samples(micro, tmp_path, drawn):
     above, below = drawn[0].subfigs
     images, _, captions = shown(above)
     assert np.array_equal(images, view.pixels[0, ::4].permute(0, 2, 3, 1))
-    assert captions == [f"frame {i}" for i in view.numbers[::4]]
+    assert captions == [f"spatial path: frame {i}" for i in view.numbers[::4]]
     images, _, captions = shown(below)
     assert np.array_equal(images, frameset(view.pixels)[0].permute(0, 2, 3, 1))
-    assert captions[1].split() == [str(i) for i in view.numbers[16:]]
-    assert len(below.axes[0].lines) == 6  # borders between 4 x 4 frames
+    assert captions[1].split()[3:] == [str(i) for i in view.numbers[16:]]
     assert Image.open(picture).size[0] == 1000
 
 
@@ -87,7 +87,6 @@ def test_attention_is_that_of_the_last_blocks_class_tokens():
         weights = scores.softmax(-1).mean(1)[:, 1:]  # of the patches
         want = weights / weights.sum(1, keepdim=True)
         torch.testing.assert_close(got.flatten(1), want, rtol=1e-4, atol=1e-6)
-    assert not block.attn._forward_hooks and not block.attn._forward_pre_hooks
 
 
 @pytest.mark.parametrize("method", [*METHODS, "spatial", "temporal"])
@@ -109,9 +108,9 @@ def test_attention_that_keeps_its_weights_is_a_sentence(tmp_path):
 def test_where_a_model_looks_in_a_clip(run, micro, tmp_path, drawn, capsys):
     sample, picture = find_videos("folder", micro).val[0], str(tmp_path / "look.png")
     checkpoint = f"{run}/last.pt"
-    look.main(["attention", checkpoint, sample[0], picture, "--label", "up"])
+    look.main(["attention", checkpoint, sample[0], picture])
     assert f"wrote {picture}" in capsys.readouterr().out
-    above, below, bars = drawn[0].subfigs
+    above, below = drawn[0].subfigs
     view = VideoViews([sample], 16, 64)[0].pixels
     spatial, temporal = look.attention(load_checkpoint(checkpoint)[0], view)
     images, heats, _ = shown(above)
@@ -119,12 +118,11 @@ def test_where_a_model_looks_in_a_clip(run, micro, tmp_path, drawn, capsys):
     np.testing.assert_allclose(np.stack(heats), spatial / spatial.max(), rtol=1e-4)
     _, heats, captions = shown(below)
     np.testing.assert_allclose(heats[0], temporal[0] / temporal.max(), rtol=1e-4)
-    assert captions[0].split() == [str(i) for i in range(16)]
-    assert "true: up" in bars.axes[0].get_title()
+    assert captions[0].split()[3:] == [str(i) for i in range(16)]
     evaluate.main([checkpoint, sample[0], "--views", "1x1", "--amp", "off"])
-    printed, (names, widths) = capsys.readouterr().out, bars_of(bars.axes[0])
-    assert len(names) == 5
-    assert all(f"{100 * w:.1f} %  {name}" in printed for name, w in zip(names, widths))
+    printed = re.findall(r"(\d+\.\d %)  (.*)", capsys.readouterr().out)
+    likeliest = ", ".join(f"{name} {score}" for score, name in printed)
+    assert len(printed) == 5 and drawn[0].get_suptitle().endswith(f"\n{likeliest}")
 
 
 # ---------------------------------------------------------------- classes, curves, user errors
@@ -137,7 +135,7 @@ def test_classes_are_drawn_by_accuracy_and_confusion(tmp_path, drawn):
     path = str(tmp_path / "p.csv")
     evaluate.write_predictions(path, rows, [(f"{i}.mp4", 0) for i in range(10)], "xyz")
     look.main(["classes", path, str(tmp_path / "a.png")])
-    above, below = drawn[0].subfigs[0].axes
+    above, below = drawn[0].axes
     assert bars_of(above) == (["z (2)", "y (4)", "x (4)"], [0, 0.25, 0.75])
     names = ["y → z (2 of 4)", "x → y (1 of 4)", "y → x (1 of 4)"]
     assert bars_of(below) == (names, [0.5, 0.25, 0.25])
@@ -148,7 +146,7 @@ def test_classes_are_drawn_by_accuracy_and_confusion(tmp_path, drawn):
 def test_curves_of_a_run(run, tmp_path, drawn):
     look.main(["curves", run, str(tmp_path / "curves.png")])
     log, keys = lines(run), ("train_loss", "lr", "val_top1")
-    for axes, key in zip(drawn[0].subfigs[0].axes, keys, strict=True):
+    for axes, key in zip(drawn[0].axes, keys, strict=True):
         want = [[row["epoch"], row[key]] for row in log]
         assert axes.lines[0].get_xydata().tolist() == want
         assert axes.get_legend().get_texts()[0].get_text() == key
@@ -162,7 +160,6 @@ def test_curves_of_a_run(run, tmp_path, drawn):
         ("curves absent a.png", "No such file .*absent/log.jsonl"),
         (f"framesets {__file__} a.png", "cannot read .*test_look.py"),
         ("curves RUN no/where/a.png", "No such file .*no/where/a.png"),
-        ("curves RUN a.jpgg", "cannot write a.jpgg: "),
         ("curves RUN a.png", "python -m tools.look needs matplotlib: pip install -r tools/req"),
     ],
 )

@@ -138,7 +138,8 @@ def python_of(page):
 def test_the_readmes_model_around_ones_own_gives_logits(monkeypatch):
     code = python_of(README)[0]
     create = open_clip.create_model
-    without_weights = partial(create, text_cfg=NO_TEXT)  # a small text tower: nobody uses it
+    vision = {"layers": 2, "width": 768, "patch_size": 16, "image_size": 224}  # of 12 layers
+    without_weights = partial(create, text_cfg=NO_TEXT, vision_cfg=vision)
     monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: without_weights(name))
     variables = {}
     with torch.no_grad():
