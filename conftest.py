@@ -93,7 +93,6 @@ def vit_folder(folder, quick_gelu=False, **vision):
 def save(model, path, **run):
     """A checkpoint of a model, as train.py writes it, with names for its classes."""
     content = {
-        "format": 1,
         "model": dataclasses.asdict(model.config),
         "weights": saved_weights(model),
         "fingerprint": model.fingerprint,

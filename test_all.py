@@ -680,7 +680,7 @@ def test_train_then_evaluate(micro, tmp_path, capsys):
         assert line["clips_per_second"] > 0 and line["seconds"] > 0
 
     assert evaluate.main([f"{out}/last.pt", "--workers", "0", "--predictions", table]) == 0
-    with open(f"{out}/last.folder.json") as file:
+    with open(f"{out}/last.folder-1x1.json") as file:
         result = json.load(file)
     assert (result["videos"], result["failed"]) == (8, 0)
     assert result["top1"] == log[-1]["val_top1"]
@@ -706,7 +706,7 @@ def test_every_method_trains_and_is_evaluated(method, micro, tmp_path, capsys):
     train.main(SMALL + ["--root", micro, "--out", out, *options])
     assert f"model     {method} around tiny" in capsys.readouterr().out
     evaluate.main([f"{out}/last.pt", "--workers", "0"])
-    assert f"top-1 {100 * lines(out)[-1]['val_top1']:.2f} %" in capsys.readouterr().out
+    assert f"top-1 {lines(out)[-1]['val_top1']:.2%} " in capsys.readouterr().out
     weights = read_checkpoint(f"{out}/last.pt")["weights"]
     if method == "st_adapter":
         assert {"blocks.0.A_1.up.weight", "blocks.0.A_2.up.weight"} <= set(weights)
@@ -885,7 +885,7 @@ def test_two_processes_train_and_evaluate_as_one(micro, tmp_path):
     states, results = [], []
     for out in (one, two):
         states.append(read_checkpoint(f"{out}/last.pt")["training"]["optimizer"]["state"])
-        with open(f"{out}/last.folder-first7.json") as file:
+        with open(f"{out}/last.folder-first7-1x1.json") as file:
             results.append(json.load(file) | {"checkpoint": ""})
     assert results[0]["videos"] == 7 and results[0] == results[1]
     for i, state in states[0].items():
