@@ -168,23 +168,18 @@ class DualPath(nn.Module):
                 if p is not None:
                     p.requires_grad_()
         if self.temporal:
-            self.add_temporal_tokens(T_G)
+            patch, d = visual.patch_size[0], visual.widths[0]
+            code = position_code(T_G, *visual.image_size, patch, d, config.rows, config.cols)
+            code = config.position_scale * code  # p^TP, (T_G, P, d)
+            self.temporal_class_embedding = None
+            if visual.class_embedding is not None:
+                # What the frozen blocks know as a class token has its position added.
+                class_token = visual.class_embedding + visual.positional_embedding[0]
+                self.temporal_class_embedding = nn.Parameter(class_token.detach())
+                code = nn.functional.pad(code, (0, 0, 1, 0))  # zero for the class token
+            self.register_buffer("temporal_position", code.to(visual.mean.device), persistent=False)
         hidden = nn.Linear(2 * d_out if config.paths == "both" else d_out, d_out)
         self.head = nn.Sequential(hidden, nn.GELU(), nn.Linear(d_out, config.num_classes))
-
-    def add_temporal_tokens(self, T_G):
-        """p^TP, and a class token for the framesets where the image model has one."""
-        visual, config = self.visual, self.config
-        patch, d = visual.patch_size[0], visual.widths[0]
-        code = position_code(T_G, *visual.image_size, patch, d, config.rows, config.cols)
-        code = config.position_scale * code  # (T_G, P, d)
-        self.temporal_class_embedding = None
-        if visual.class_embedding is not None:
-            # What the frozen blocks know as a class token is the embedding with its position added.
-            class_token = visual.class_embedding + visual.positional_embedding[0]
-            self.temporal_class_embedding = nn.Parameter(class_token.detach())
-            code = nn.functional.pad(code, (0, 0, 1, 0))  # zero for the class token: (T_G, L, d)
-        self.register_buffer("temporal_position", code.to(visual.mean.device), persistent=False)
 
     def forward(self, video):
         """video: (B, T, 3, H, W) uint8 → logits (B, num_classes)."""
@@ -318,8 +313,8 @@ def build_model(config, visual=None):
     """A video classifier around a frozen image model: (B, T, 3, H, W) uint8 → (B, num_classes).
 
     visual: the image model, if it is at hand (open_clip's own `model.visual`); else config.backbone
-    and pretrained say what is loaded. Which weights are trained follows from the Config; a weight
-    that is frozen or unfrozen later is not known to checkpoints (check_rebuilds). Raises UserError.
+    and pretrained say what is loaded. Which weights are trained follows from the Config: one that
+    is frozen or unfrozen later would not fit the model of its checkpoint. Raises UserError.
     """
     check_options(config)
     if visual is None:
@@ -338,11 +333,11 @@ def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
     """Make a model ready for long work under autocast to dtype; returns it.
 
     Frozen weights take in QuickGELU's factors, and are held in dtype, instead of being cast at
-    every call; those of LayerNorms are few, and keep float32. checkpoint_activations: only the blocks' inputs are kept, and activations
-    are recomputed in backward. compile: the blocks, which share their graphs.
+    every call; those of LayerNorms are few, and keep float32. checkpoint_activations: only the
+    blocks' inputs are kept, and activations are recomputed in backward. compile: the blocks, which
+    share their graphs.
     """
-    for block in model.visual.blocks:
-        fold_quick_gelu(getattr(block, "mlp", None))
+    fold_quick_gelu(model.visual)
     if dtype is not None:
         for module in model.visual.modules():
             for p in module.parameters(recurse=False):
@@ -365,33 +360,19 @@ def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
     return model
 
 
-def fold_quick_gelu(mlp):
+def fold_quick_gelu(visual):
     """QuickGELU(u) = u · σ(1.702 u) = SiLU(1.702 u) / 1.702, the factors into frozen weights.
 
     QuickGELU is three operations on the widest tensors, and keeps two of them for backward; SiLU is
     one and keeps one.
     """
-    plain = isinstance(getattr(mlp, "gelu", None), QuickGELU) and not hasattr(mlp, "ln")
-    if plain and not any(p.requires_grad for p in mlp.parameters()):
-        mlp.c_fc.weight.mul_(1.702)
-        mlp.c_fc.bias.mul_(1.702)
-        mlp.c_proj.weight.div_(1.702)
-        mlp.gelu = nn.SiLU()
-
-
-def check_rebuilds(model):
-    """UserError if a model built from model.config would train other weights than this one does."""
-    with torch.device("meta"):
-        rebuilt = build_model(dataclasses.replace(model.config, pretrained=None))
-    want = {name for name, p in rebuilt.named_parameters() if p.requires_grad}
-    have = {name for name, p in model.named_parameters() if p.requires_grad}
-    if want != have:
-        names = ", ".join(sorted(want ^ have)[:3])
-        raise UserError(
-            f"a model that is rebuilt from its configuration would differ in whether it trains"
-            f" {names}, and could not load this one's checkpoint: what is trained follows from the"
-            " method (docs/new_method.md)"
-        )
+    for mlp in (getattr(block, "mlp", None) for block in visual.blocks):
+        quick = isinstance(getattr(mlp, "gelu", None), QuickGELU) and not hasattr(mlp, "ln")
+        if quick and not any(p.requires_grad for p in mlp.parameters()):
+            mlp.c_fc.weight.mul_(1.702)
+            mlp.c_fc.bias.mul_(1.702)
+            mlp.c_proj.weight.div_(1.702)
+            mlp.gelu = nn.SiLU()
 
 
 def load_checkpoint(path, backbone=None, pretrained=None):

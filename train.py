@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from adapters import METHODS
 from data import TrainingClips, VideoViews, collate, training_transform
 from evaluate import DATA_OPTIONS, MACHINE_OPTIONS, predict, summarise
-from model import Config, build_model, check_options, check_rebuilds, options_of, prepare
+from model import Config, build_model, check_options, options_of, prepare
 from support import options
 from support.datasets import digest, find_videos
 from support.processes import (
@@ -139,9 +140,11 @@ RECIPES = {
         views="3x1",         # code
     ),
     # Own videos: the options' own defaults. Base lr and epochs are within what AIM and ST-Adapter
-    # used on Kinetics; one frame from each segment (uniform) suits videos of any length.
-    "folder": {},
-    "list": {},
+    # used on Kinetics; one frame from each segment (uniform) suits videos of any length. The skip
+    # is ours: without it the temporal path hardly learns from hundreds of videos
+    # (docs/results/README.md); --no-serial-skip is the paper's form.
+    "folder": dict(serial_skip=True),
+    "list": dict(serial_skip=True),
     # Drawn videos, which need no network and no GPU.
     "demo": dict(
         backbone="tiny",
@@ -169,7 +172,10 @@ def parse(argv=None):
     """The command line → all options: what is given, else the data set's recipe, else a default."""
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--data", choices=RECIPES, default="demo")
-    recipe = RECIPES[chooser.parse_known_args(argv)[0].data]
+    chooser.add_argument("--method", choices=METHODS, default=Config.method)
+    chosen = chooser.parse_known_args(argv)[0]
+    others = MODEL_OPTIONS.keys() - options_of(chosen.method)  # a recipe may have values for them
+    recipe = {k: v for k, v in RECIPES[chosen.data].items() if k not in others}
     parser = argparse.ArgumentParser(
         prog="train.py",
         usage="python train.py [--data NAME] [options]    (defaults in brackets; with --data NAME"
@@ -178,9 +184,6 @@ def parse(argv=None):
     options.add_options(parser, MODEL_OPTIONS | OPTIONS)
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
-    for name in MODEL_OPTIONS.keys() - options_of(args.method):
-        if getattr(args, name) == parser.get_default(name):  # a recipe's value for other methods
-            setattr(args, name, MODEL_OPTIONS[name][0])
     try:
         check_options(args)
     except UserError as error:
@@ -342,7 +345,6 @@ def new_model(args, settings, resumed):
     torch.manual_seed(args.seed)
     chosen = {name: getattr(args, name) for name in MODEL_OPTIONS}
     model = build_model(Config(len(settings["classes"]), **chosen))
-    check_rebuilds(model)
     if resumed:
         load_weights(model, resumed, args.out)
     elif args.init:

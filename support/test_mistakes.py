@@ -111,6 +111,9 @@ def test_options_overrule_the_recipe_and_help_shows_it(capsys):
     assert args.epochs == 60  # the others stay the recipe's
     for name in SOURCES:  # a recipe's values for other methods are no mistake
         assert train.parse(["--data", name, "--method", "linear"]).bottleneck is None
+    skips = {name for name in SOURCES if train.parse(["--data", name]).serial_skip}
+    assert skips == {"folder", "list"}
+    assert not train.parse(["--data", "list", "--no-serial-skip"]).serial_skip
     assert train.parse(["--data", "hmdb51"]).out == "runs/hmdb51-split1-dualpath-s0"
     assert train.parse(["--paths", "temporal"]).out == "runs/demo-dualpath-temporal-s0"
     with pytest.raises(SystemExit) as error:

@@ -1,5 +1,7 @@
 """Models made ready for long work: little memory, mixed precision, compiled blocks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
@@ -48,7 +50,7 @@ def bytes_kept(work):
 def test_a_training_step_keeps_little():
     d = 96
     block = randomise(ResidualAttentionBlock(d, 3, act_layer=QuickGELU)).requires_grad_(False)
-    fold_quick_gelu(block.mlp)
+    fold_quick_gelu(SimpleNamespace(blocks=[block]))
     adapted = adapters.DualPathBlock(d, d // 6, 0.1, False, False, "both")
     x, z = (torch.randn(n, 50, d, requires_grad=True) for n in (16, 4))
     most = 4 + 4  # q, k, v and their attention; the MLP's hidden layer
