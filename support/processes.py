@@ -60,8 +60,6 @@ def one_sentence(script):
     """End the program with `script: what is wrong` after a user error inside."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise SystemExit(f"{script}: stopped") from None
     except SystemExit as stop:
         if isinstance(stop.code, str):
             raise SystemExit(f"{script}: {stop.code}") from None

