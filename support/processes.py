@@ -58,11 +58,15 @@ def autocast_type(name, device):
 @contextlib.contextmanager
 def one_sentence(script):
     """End the program with `script: what is wrong` after a user error inside."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     try:
         yield
     except SystemExit as stop:
         if isinstance(stop.code, str):
             raise SystemExit(f"{script}: {stop.code}") from None
+        if stop.code in (128 + number for number in SIGNALS) and os.environ.get("RANK", "0") == "0":
+            print(f"{script}: stopped by a signal")
         raise
     except Exception as error:
         sentence = explain(error)

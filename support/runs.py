@@ -203,7 +203,6 @@ class Run:
         if signals or states[0][0]:
             self.save()
         if signals:
-            say("stopped by a signal; --resume continues the run")
             raise SystemExit(signals[0])
         self.messages += unreadable
 
