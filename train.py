@@ -331,10 +331,7 @@ def train(args, device):
 
 
 def new_model(args, settings, resumed):
-    """The model to train, with the weights of --resume or --init, if any.
-
-    UserError, before a model is downloaded, if the options do not fit the data or a run resumed.
-    """
+    """The model to train, with the weights of --resume or --init, if any; UserError."""
     if args.batch > settings["train_videos"] or args.batch % world_size():
         raise UserError(
             f"--batch {args.batch} must be at most the number of training clips,"

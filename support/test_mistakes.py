@@ -76,6 +76,12 @@ def test_a_mistake_is_one_sentence(options, mistakes, micro_run, monkeypatch, ca
     assert before == (sorted(os.listdir(mistakes)), sorted(os.listdir("run")))
 
 
+def test_a_batch_must_divide_among_processes(micro_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    with pytest.raises(SystemExit, match="--batch 4 must be .* a multiple of .* processes, 3$"):
+        train.main(micro_run + ["--out", str(tmp_path)])
+
+
 def test_without_a_compiler_there_is_a_sentence(micro_run, tmp_path, monkeypatch):
     def no_compiler(*args, **options):
         raise RuntimeError("No working C++ compiler found\nand its long explanation")
