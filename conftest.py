@@ -93,7 +93,6 @@ def vit_folder(folder, quick_gelu=False, **vision):
 def save(model, path, **run):
     """A checkpoint of a model, as train.py writes it, with names for its classes."""
     content = {
-        "format": 1,
         "model": dataclasses.asdict(model.config),
         "weights": saved_weights(model),
         "fingerprint": model.fingerprint,
@@ -298,8 +297,19 @@ def free_port():
         return free.getsockname()[1]
 
 
+# A forked process need not import anything; where there is a GPU, autograd cannot be forked.
+FORK = "spawn" if torch.accelerator.is_available() else "fork"
+
+
+def two_at_once(function, *arguments, ports):
+    """function(rank, ports, *arguments) in two processes; ports: how many free ones they need."""
+    ports = [free_port() for _ in range(ports)]
+    torch.multiprocessing.start_processes(function, (ports, *arguments), 2, start_method=FORK)
+
+
 def as_one_of_two(rank, port):
-    """The environment that torchrun gives to one of two processes."""
+    """The environment that torchrun gives to one of two processes, of one thread."""
+    torch.set_num_threads(1)
     torch.multiprocessing.set_start_method("fork", force=True)  # of data workers, as torchrun's
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

@@ -78,24 +78,14 @@ def training_transform(augment, size, flip=True, erasing=0.0, crop_area=0.08):
 class TrainingClips(torch.utils.data.Dataset):
     """Item (epoch, i) → (clip (T, 3, S, S) uint8, label, messages) of the i-th video.
 
-    samples: (path, label) pairs. Another video takes the place of one that cannot be read, and
-    the message travels with it; after ten of them a UserError is raised. options: of the transform.
+    samples: (path, label) pairs; transform: as of training_transform. Another video takes the place
+    of one that cannot be read, and the message travels with it; after ten of them a UserError is
+    raised.
     """
 
-    def __init__(
-        self,
-        samples,
-        num_frames,
-        size,
-        sampling="dense",
-        strides=(1,),
-        augment="rand",
-        seed=0,
-        **options,
-    ):
-        self.samples, self.num_frames, self.sampling = samples, num_frames, sampling
-        self.strides, self.seed = strides, seed
-        self.transform = training_transform(augment, size, **options)
+    def __init__(self, samples, num_frames, transform, sampling="dense", strides=(1,), seed=0):
+        self.samples, self.num_frames, self.transform = samples, num_frames, transform
+        self.sampling, self.strides, self.seed = sampling, strides, seed
 
     def __len__(self):
         return len(self.samples)
@@ -107,24 +97,19 @@ class TrainingClips(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, epoch, index])
         position = rng.random() if self.sampling == "dense" else rng.random(self.num_frames)
         stride = self.strides[rng.integers(len(self.strides))]
-        choose = partial(
-            clip_frames,
-            num_frames=self.num_frames,
-            sampling=self.sampling,
-            stride=stride,
-            position=position,
-        )
+        drawn = {"sampling": self.sampling, "stride": stride, "position": position}
+        choose = partial(clip_frames, num_frames=self.num_frames, **drawn)
         messages = []
-        while True:
+        while len(messages) < 10:
             path, label = self.samples[index]
             try:
                 video = read_frames(path, choose)
                 break
             except VideoError as error:
                 messages.append(str(error))
-            if len(messages) == 10:
-                raise UserError(f"ten videos, one after the other, are unreadable: {messages[-1]}")
             index = int(rng.integers(len(self)))
+        else:
+            raise UserError(f"ten videos, one after the other, are unreadable: {messages[-1]}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
             clip = self.transform(torch.from_numpy(video.pixels).permute(0, 3, 1, 2))

@@ -26,12 +26,12 @@ from support.processes import (
     UserError,
     autocast_type,
     gather,
-    leave_signals_to_the_parent,
     processes,
     progress_bar,
     rank,
     rank_zero_first,
     say,
+    start_worker,
     world_size,
 )
 
@@ -61,14 +61,12 @@ def predict(model, test_views, device, dtype=None, batch=16, workers=0):
         collate_fn=list,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=start_worker,
     )
     predictions, on_device = [], []
     for videos in progress_bar(loader, "evaluating", unit="batch"):
-        readable = [video for video in videos if video.error is None]
-        for video in videos:
-            if video.error is not None:
-                predictions.append(Prediction(video.index, video.label, [], [], video.error))
+        readable = [v for v in videos if not v.error]
+        predictions += [Prediction(v.index, v.label, [], [], v.error) for v in videos if v.error]
         if not readable:
             continue
         pixels = torch.stack([video.pixels.to(device, non_blocking=True) for video in readable])
@@ -159,15 +157,10 @@ def main(argv=None):
             missing = sum(split == "val" for split, _ in videos.missing)
         if args.predictions:
             open(args.predictions, "a").close()  # better refused now than after the evaluation
-        test_views = VideoViews(
-            samples,
-            model.config.frames,
-            model.visual.image_size[0],
-            settings["sampling"],
-            settings["test_stride"],
-            args.views,
-            shuffled=model.config.spatial_frames if args.shuffled else None,
-        )
+        shape = (model.config.frames, model.visual.image_size[0])
+        sampling = (settings["sampling"], settings["test_stride"])
+        shuffled = model.config.spatial_frames if args.shuffled else None
+        test_views = VideoViews(samples, *shape, *sampling, args.views, shuffled)
         batch, workers = (1, 0) if args.video else (args.batch, args.workers)
         predictions = predict(model, test_views, device, dtype, batch, workers)
         if rank() > 0:
@@ -176,30 +169,26 @@ def main(argv=None):
             write_predictions(args.predictions, predictions, samples, settings["classes"])
         if args.video:
             return print_classes(predictions, samples, settings["classes"])
-        return report(args, predictions, samples, missing, len(settings["classes"]))
+        return report(args, predictions, samples, missing)
 
 
 def find_test_set(args, settings):
     """The data set asked for, else that of the training; its classes must be the model's."""
     same = args.data in (None, settings["data"])
     args.data = args.data or settings["data"]
-    root = args.root
     if same:
         args.split = args.split or settings.get("split")
-        # Only if it is there: the demo would be drawn anew wherever a checkpoint says.
-        if root is None and os.path.isdir(settings["root"]):
-            root = settings["root"]
-    videos = find_videos(args.data, root, args.split, whole=("val",))
+    # Only if it is there: the demo would be drawn anew wherever a checkpoint says.
+    if same and args.root is None and os.path.isdir(settings["root"]):
+        args.root = settings["root"]
+    videos = find_videos(args.data, args.root, args.split, whole=("val",))
     if videos.classes != settings["classes"]:
         raise UserError(
             f"the classes of {args.data} ({len(videos.classes)}) are not the"
             f" {len(settings['classes'])} that the checkpoint knows"
         )
     if same and settings.get("val_digest") not in (None, digest(videos.val)):
-        say(
-            f"note: these {len(videos.val)} validation videos are not the"
-            f" {settings['val_videos']} of the training, which may have seen some of them"
-        )
+        say("note: the training had other validation videos; it may have seen some of these")
     return videos
 
 
@@ -227,28 +216,24 @@ def write_predictions(path, predictions, samples, classes):
             lines.writerow(cells)
 
 
-def report(args, predictions, samples, missing, num_classes):
+def report(args, predictions, samples, missing):
     """Print the accuracy of a data set, and write it beside the checkpoint."""
     clips, crops = args.views
     result = summarise(predictions)
     asked = ("checkpoint", "data", "views", "split", "limit", "shuffled")
     result |= {name: getattr(args, name) for name in asked}
-    result |= {"missing": missing, "digest": digest(samples)}
-    result["unreadable"] = [samples[p.index][0] for p in predictions if p.error]
-    absent = f"; {missing} listed videos are missing" if missing else ""
-    top5 = f"   top-5 {100 * result['top5']:.2f} %" if num_classes > 5 else ""
+    unreadable = [samples[p.index][0] for p in predictions if p.error]
+    result |= {"missing": missing, "digest": digest(samples), "unreadable": unreadable}
     print(
-        f"top-1 {100 * result['top1']:.2f} %{top5}   mean class accuracy"
-        f" {100 * result['mean_class']:.2f} %   ({len(predictions)} videos, {clips} clips x"
-        f" {crops} crops){absent}"
+        f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   mean class accuracy"
+        f" {result['mean_class']:.2%}   ({len(predictions)} videos, {clips} clips x {crops} crops;"
+        f" unreadable, and so wrong: {len(unreadable)}; missing: {missing})"
     )
-    errors = [p.error for p in predictions if p.error]
-    if errors:
-        print(f"{len(errors)} videos could not be read and count as wrong, such as: {errors[0]}")
     part = f"-split{args.split}" if args.split else ""
     part += f"-first{args.limit}" if args.limit else ""
     part += "-shuffled" if args.shuffled else ""
-    file = f"{os.path.splitext(args.checkpoint)[0]}.{args.data}{part}.json"
+    checkpoint = os.path.splitext(args.checkpoint)[0]
+    file = f"{checkpoint}.{args.data}{part}-{clips}x{crops}.json"
     with open(file, "w") as out:
         json.dump(result, out, indent=1)
     print(f"wrote {file}")

@@ -10,7 +10,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
 from open_clip.transformer import (
     CustomResidualAttentionBlock,
     QuickGELU,
@@ -27,20 +26,19 @@ from adapters import METHODS
 from conftest import (
     SMALL,
     as_one_of_two,
-    free_port,
     lines,
     micro_set,
     random_video,
     randomise,
-    save,
     tiny,
+    two_at_once,
     vit_folder,
     write_anything,
     x264,
 )
 from data import VideoViews
 from evaluate import Prediction, predict
-from model import Config, build_model, load_checkpoint
+from model import Config, build_model
 from support.backbones import BACKBONES
 from support.datasets import find_videos
 from support.processes import UserError
@@ -680,7 +678,7 @@ def test_train_then_evaluate(micro, tmp_path, capsys):
         assert line["clips_per_second"] > 0 and line["seconds"] > 0
 
     assert evaluate.main([f"{out}/last.pt", "--workers", "0", "--predictions", table]) == 0
-    with open(f"{out}/last.folder.json") as file:
+    with open(f"{out}/last.folder-1x1.json") as file:
         result = json.load(file)
     assert (result["videos"], result["failed"]) == (8, 0)
     assert result["top1"] == log[-1]["val_top1"]
@@ -700,27 +698,27 @@ def test_train_then_evaluate(micro, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dualpath", "linear", "full")])
-def test_every_method_trains_and_is_evaluated(method, micro, tmp_path, capsys):
+def test_every_method_trains_and_is_evaluated(method, micro_run, tmp_path, capsys):
     out = str(tmp_path / "run")
     options = ["--method", method] + ["--before", "both"] * (method == "st_adapter")
-    train.main(SMALL + ["--root", micro, "--out", out, *options])
-    assert f"model     {method} around tiny" in capsys.readouterr().out
+    train.main(micro_run + ["--out", out, *options])
+    assert f"model     {method} around local-dir:" in capsys.readouterr().out
     evaluate.main([f"{out}/last.pt", "--workers", "0"])
-    assert f"top-1 {100 * lines(out)[-1]['val_top1']:.2f} %" in capsys.readouterr().out
+    assert f"top-1 {lines(out)[-1]['val_top1']:.2%} " in capsys.readouterr().out
     weights = read_checkpoint(f"{out}/last.pt")["weights"]
     if method == "st_adapter":
         assert {"blocks.0.A_1.up.weight", "blocks.0.A_2.up.weight"} <= set(weights)
     # What starts at zero has moved, but in the last block what no class token reads.
     for name, weight in weights.items():
         starts_at_zero = name.endswith(("up.weight", "conv.weight", "temporal_embedding"))
-        if starts_at_zero and not name.startswith("blocks.3."):
+        if starts_at_zero and not name.startswith("blocks.1."):
             assert weight.abs().max() > 0, name
 
 
-def test_learning_rate_rises_then_falls_as_half_a_cosine(micro, tmp_path):
+def test_learning_rate_rises_then_falls_as_half_a_cosine(micro_run, tmp_path):
     out = str(tmp_path / "run")
-    options = "--epochs 4 --warmup 2 --lr 0.032 --method linear".split()
-    train.main(SMALL + ["--root", micro, "--out", out, *options])
+    options = "--epochs 4 --warmup 2 --lr 0.032 --method linear --batch 8".split()
+    train.main(micro_run + ["--out", out, *options])
     # 2 steps an epoch; the rate logged is that of an epoch's second step.
     falling = [0.5 + 0.5 * math.cos(math.pi * part) for part in (1 / 4, 3 / 4)]
     want = [1e-3 * factor for factor in (1 / 2, 1, *falling)]
@@ -784,50 +782,12 @@ def test_accuracy_counts_unreadable_videos_as_wrong():
 
 
 # ---------------------------------------------------------------- two processes are as one
-def one_of_two(rank, folder, root):
-    """Its half's gradients through DDP, and its part of an evaluation."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = load_checkpoint(f"{folder}/a.pt")[0].train()
-    video, label = torch.load(f"{folder}/batch.pt")
-    net = torch.nn.parallel.DistributedDataParallel(model)
-    mine = slice(rank * 2, rank * 2 + 2)
-    F.cross_entropy(net(video[mine]), label[mine]).backward()
-    gradients = [p.grad for p in model.parameters()]
-    rows = predict(model, seven_videos(root), CPU, batch=2)
-    torch.save((gradients, [tuple(row) for row in rows]), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+TOGETHER = "--dropout 0 --clip-grad 0.001 --batch 8".split()
+FIRST_SEVEN = "--limit 7 --workers 0 --device cpu --predictions".split()  # of two processes' shares
 
 
-def seven_videos(root):
-    """Their shares among two processes are uneven."""
-    return VideoViews(find_videos("folder", root).val[:7], 16, 64)
-
-
-def test_two_processes_give_the_gradients_and_the_evaluation_of_one(micro, tmp_path):
-    model = randomise(tiny(dropout=0.0))
-    save(model, tmp_path / "a.pt")
-    video, label = random_video(4), torch.tensor([1, 5, 2, 2])
-    torch.save((video, label), tmp_path / "batch.pt")
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), micro), nprocs=2)
-    F.cross_entropy(model(video), label).backward()
-    rows = predict(model, seven_videos(micro), CPU)
-    for rank in range(2):
-        gradients, other = torch.load(tmp_path / f"{rank}.pt")
-        for p, gradient in zip(model.parameters(), gradients, strict=True):
-            assert (gradient is None) == (p.grad is None)
-            if gradient is not None:
-                torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-6)
-        assert [row[:3] for row in other] == [row[:3] for row in rows]
-
-
-TOGETHER = SMALL + ["--dropout", "0", "--clip-grad", "1", "--limit", "16", "--device", "cpu"]
-FIRST_SEVEN = ["--limit", "7", "--workers", "0", "--device", "cpu"]
-
-
-def two_trainings(rank, ports, root, out, broken):
+def two_trainings(rank, ports, run, one, two, broken):
     """What torchrun starts, three times: a training, an evaluation and a training that fails."""
-    torch.set_num_threads(1)
     as_one_of_two(rank, ports[0])
     exchanged = []  # bytes of gradients, after each forward pass
 
@@ -845,18 +805,22 @@ def two_trainings(rank, ports, root, out, broken):
             return super().forward(*args)
 
     train.DistributedDataParallel = Counting
-    micro_batches = ["--workers", "1", "--micro-batch", "3"]
-    train.main(TOGETHER + ["--root", root, "--out", out, *micro_batches])
-    if rank == 0:
-        tuned = sum(v.nbytes for v in read_checkpoint(f"{out}/last.pt")["weights"].values())
-        # Two steps in each of two epochs, of two micro-batches each, exchange the gradients once.
-        assert exchanged == 4 * [0, tuned]
+    train.main(run + ["--out", two, "--workers", "1", "--micro-batch", "3"])
+    tuned = sum(moment.nbytes for moment in first_moments(two))
+    # Two steps in each of two epochs, of two micro-batches each, exchange the gradients once.
+    assert exchanged == 4 * [0, tuned]
     as_one_of_two(rank, ports[1])  # a port of its own: another's store may not have closed yet
-    evaluate.main([f"{out}/last.pt", *FIRST_SEVEN])
+    evaluate.main([f"{one}/last.pt", *FIRST_SEVEN, f"{two}/seven.csv"])
     as_one_of_two(rank, ports[2])
     words = "3 training videos could not be read in epoch 1" if rank == 0 else "1"
     with pytest.raises(SystemExit, match=words):
-        train.main(SMALL + ["--root", broken, "--out", f"{out}-broken"])
+        train.main(run + ["--root", broken, "--out", f"{two}-broken"])
+
+
+def first_moments(out):
+    """Of the gradients of all trained weights, by AdamW."""
+    states = read_checkpoint(f"{out}/last.pt")["training"]["optimizer"]["state"]
+    return [state["exp_avg"] for state in states.values()]
 
 
 def broken_set(root):
@@ -868,25 +832,30 @@ def broken_set(root):
     return str(root)
 
 
-def test_two_processes_train_and_evaluate_as_one(micro, tmp_path):
+def test_two_processes_train_and_evaluate_as_one(micro_run, tmp_path):
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    ports = [free_port() for _ in range(3)]
-    arguments = (ports, micro, two, broken_set(tmp_path / "data"))
-    torch.multiprocessing.spawn(two_trainings, arguments, nprocs=2)
-    with open(f"{two}-broken/failed.txt") as file:
-        assert len(file.readlines()) == 3 and lines(f"{two}-broken") == []
-
-    train.main(TOGETHER + ["--root", micro, "--out", one])
-    evaluate.main([f"{one}/last.pt", *FIRST_SEVEN])
+    run, results = micro_run + TOGETHER, []
+    train.main(run + ["--out", one])
+    two_at_once(two_trainings, run, one, two, broken_set(tmp_path / "data"), ports=3)
     for a, b in zip(lines(one), lines(two), strict=True):
         for name in ("lr", "val_top1", "val_top5"):
             assert a[name] == b[name]
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
-    states, results = [], []
-    for out in (one, two):
-        states.append(read_checkpoint(f"{out}/last.pt")["training"]["optimizer"]["state"])
-        with open(f"{out}/last.folder-first7.json") as file:
-            results.append(json.load(file) | {"checkpoint": ""})
-    assert results[0]["videos"] == 7 and results[0] == results[1]
-    for i, state in states[0].items():
-        torch.testing.assert_close(state["exp_avg"], states[1][i]["exp_avg"], rtol=1e-2, atol=1e-6)
+    for a, b in zip(first_moments(one), first_moments(two), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-8)
+    norm = torch.nn.utils.get_total_norm(first_moments(one))
+    assert 1e-5 < norm <= 0.001 * (1 - 0.9**4) + 1e-7  # of four steps
+    with open(f"{two}-broken/failed.txt") as file:
+        assert len(file.readlines()) == 3 and lines(f"{two}-broken") == []
+
+    results.append(seven(one, f"{two}/seven.csv"))
+    evaluate.main([f"{one}/last.pt", *FIRST_SEVEN, f"{one}/seven.csv"])
+    results.append(seven(one, f"{one}/seven.csv"))
+    assert results[0] == results[1] and len(results[0][0]) == 7
+
+
+def seven(out, table):
+    """Of the last evaluation: each video's class, and the accuracies."""
+    with open(table) as file, open(f"{out}/last.folder-first7-1x1.json") as accuracies:
+        rows = [(row["video"], row["class1"]) for row in csv.DictReader(file)]
+        return rows, json.load(accuracies)

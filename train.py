@@ -19,14 +19,13 @@ from functools import partial
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads leave cores to those that decode
 import numpy as np
-import open_clip
 import torch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from adapters import METHODS
-from data import TrainingClips, VideoViews, collate
+from data import TrainingClips, VideoViews, collate, training_transform
 from evaluate import DATA_OPTIONS, MACHINE_OPTIONS, predict, summarise
 from model import Config, build_model, check_options, options_of, prepare
 from support import options
@@ -34,13 +33,13 @@ from support.datasets import digest, find_videos
 from support.processes import (
     UserError,
     autocast_type,
-    leave_signals_to_the_parent,
     on_signals,
     processes,
     progress_bar,
     rank,
     rank_zero_first,
     say,
+    start_worker,
     world_size,
 )
 from support.runs import (
@@ -72,7 +71,7 @@ OPTIONS = DATA_OPTIONS | {
     "crop_area": (0.08, options.fraction, "least share of a frame that a crop keeps"),
     "flip": (True, bool, "mirror half of the clips"),
     "erasing": (0.0, options.fraction, "probability of random erasing"),
-    "views": ("3x1", options.views, "test views of evaluate.py"),
+    "views": ("3x1", options.views, "test views of evaluate.py, CLIPSxCROPS"),
     # optimisation
     "epochs": (30, options.positive_int, "passes over all training clips"),
     "warmup": (3.0, options.non_negative, "epochs of rising learning rate"),
@@ -85,7 +84,9 @@ OPTIONS = DATA_OPTIONS | {
     "save_every": (10.0, options.non_negative, "minutes between checkpoints within an epoch"),
 } | MACHINE_OPTIONS
 # fmt: on
-MODEL_OPTIONS = options.table_of(Config)
+MODEL_OPTIONS = {
+    f.name: (f.default, *f.metadata.values()) for f in dataclasses.fields(Config) if f.metadata
+}
 
 # Where a data set departs from the options' defaults, each value with its source: "command" is a
 # line in the authors' release, "code" a default in it, "inferred" the value that gives the
@@ -187,36 +188,20 @@ def parse(argv=None):
         check_options(args)
     except UserError as error:
         parser.error(error)
+    strides = [
+        getattr(args, name) != parser.get_default(name) for name in ("stride", "test_stride")
+    ]
+    if args.sampling == "uniform" and any(strides):
+        parser.error("strides are for --sampling dense; uniform takes one frame from each segment")
     if args.pretrained == "none":
         args.pretrained = None
     args.stride = tuple(args.stride)
-    args.root = args.root or os.path.join("data", args.data)
-    args.out = args.out or os.path.join("runs", run_name(args))
-    check_sense(parser, args)
-    return args
-
-
-def run_name(args):
+    args.root = args.root or f"data/{args.data}"
     split = f"split{args.split}" if args.split else None
     paths = args.paths if args.paths != "both" else None
-    parts = [args.data, split, args.method, paths, f"s{args.seed}"]
-    return "-".join(filter(None, parts))
-
-
-def check_sense(parser, args):
-    """Refuse options that would be without effect, or not what is printed."""
-    if args.resume and args.overwrite:
-        parser.error("--resume continues the run that --overwrite deletes: give one of them")
-    given = any(
-        getattr(args, name) != parser.get_default(name) for name in ("stride", "test_stride")
-    )
-    if args.sampling == "uniform" and given:
-        parser.error("strides are for --sampling dense; uniform takes one frame from each segment")
-    if args.warmup > args.epochs:
-        parser.error(
-            f"--warmup {args.warmup:g} is longer than --epochs {args.epochs}, so that the learning"
-            f" rate is never reached: take --warmup {args.epochs / 10:g}"
-        )
+    name = "-".join(filter(None, (args.data, split, args.method, paths, f"s{args.seed}")))
+    args.out = args.out or f"runs/{name}"
+    return args
 
 
 def main(argv=None):
@@ -230,10 +215,11 @@ def train(args, device):
     dtype = autocast_type(args.amp, device)
     # Rank zero first: it may have to download or draw what the others then find.
     resumed = rank_zero_first(lambda: find_run(args.out, args.resume, args.overwrite))
-    videos = rank_zero_first(lambda: find_data(args))
+    videos = rank_zero_first(lambda: find_videos(args.data, args.root, args.split))
     train_samples, val_samples = videos.train[: args.limit], videos.val[: args.limit]
     settings = vars(args) | {
         "classes": videos.classes,
+        "train_videos": len(train_samples),
         "train_digest": digest(train_samples),
         "val_videos": len(videos.val),
         "val_digest": digest(videos.val),
@@ -241,9 +227,9 @@ def train(args, device):
     model = rank_zero_first(lambda: new_model(args, settings, resumed))
     prepare(model.to(device), dtype, args.compile, args.checkpoint_activations)
     size = model.visual.image_size[0]
-    drawn = (args.sampling, args.stride, args.augment, args.seed)
-    of_transform = {"flip": args.flip, "erasing": args.erasing, "crop_area": args.crop_area}
-    clips = TrainingClips(train_samples, args.frames, size, *drawn, **of_transform)
+    transform = training_transform(args.augment, size, args.flip, args.erasing, args.crop_area)
+    sampling = (args.sampling, args.stride, args.seed)
+    clips = TrainingClips(train_samples, args.frames, transform, *sampling)
     # One central view of each video; evaluate.py takes all of args.views.
     test_views = VideoViews(val_samples, args.frames, size, args.sampling, args.test_stride)
     steps_per_epoch = len(clips) // args.batch
@@ -259,11 +245,13 @@ def train(args, device):
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # they are constants (its argument's name depends on torch)
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    if resumed:
+        for name, part in states.items():
+            part.load_state_dict(resumed["training"][name])
 
     def checkpoint():
         """What last.pt holds; best.pt has all but the training."""
         return {
-            "format": 1,
             "model": dataclasses.asdict(model.config),
             "weights": saved_weights(model),
             "fingerprint": model.fingerprint,
@@ -271,16 +259,11 @@ def train(args, device):
             "run": settings,
             "training": {name: getattr(run, name) for name in COUNTERS}
             | {name: part.state_dict() for name, part in states.items()},
-            "versions": {"torch": str(torch.__version__), "open_clip": open_clip.__version__},
         }
 
+    describe(args, videos, model, clips, test_views, device, dtype)
     run = Run(args.out, args.save_every, len(clips), checkpoint)
-    describe(args, videos, model, clips, test_views, lr, device, dtype)
-    if resumed:
-        for name, part in states.items():
-            part.load_state_dict(resumed["training"][name])
-        run.restore(resumed["training"])
-    run.start(settings["train_digest"])
+    run.start(resumed, settings["train_digest"])
 
     # ---- the loop
     for epoch in range(run.epoch, args.epochs):
@@ -292,7 +275,7 @@ def train(args, device):
             num_workers=args.workers,
             pin_memory=device.type == "cuda",
             collate_fn=collate,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=start_worker,
         )
         title, unit = f"epoch {epoch + 1}/{args.epochs}", {"unit": "clip", "unit_scale": args.batch}
         bar = progress_bar(loader, title, steps_per_epoch, initial=run.step, **unit)
@@ -324,8 +307,8 @@ def train(args, device):
                 scheduler.step()
                 optimizer.zero_grad()
                 run.after_step(step_loss)
-                if not math.isnan(run.mean_loss):  # it is known every 20 steps
-                    bar.set_postfix_str(f"loss {run.mean_loss:.3f}", refresh=False)
+                if run.step % 20 == 0:  # reading a loss waits for the device
+                    bar.set_postfix_str(f"loss {step_loss:.3f}", refresh=False)
             run.save()  # the run may be cut off in the validation
             run.before_step([])  # answers a signal that came in the last step
         trained = time.perf_counter()
@@ -343,29 +326,19 @@ def train(args, device):
             "val_failed": scores["failed"],
         }
         run.end_epoch(line, [p.error for p in predictions if p.error])
-        say(epoch_line(line, len(videos.classes)))
-    say(f"best top-1 {100 * run.best:.2f} %: python evaluate.py {args.out}/best.pt")
-
-
-def find_data(args):
-    """The videos, in numbers that --batch divides among the processes; UserError."""
-    videos = find_videos(args.data, args.root, args.split)  # draws the demo at the first use
-    available = len(videos.train[: args.limit])
-    most = available // world_size() * world_size()
-    nearest = min(-(-args.batch // world_size()) * world_size(), most)
-    if args.batch != nearest:
-        raise UserError(
-            f"--batch {args.batch} does not fit {available} training clips on {world_size()}"
-            f" processes: take --batch {nearest}, or a smaller one"
-        )
-    return videos
+        say(EPOCH_LINE.format(**line))
+    say(f"best top-1 {run.best:.2%}: python evaluate.py {args.out}/best.pt")
 
 
 def new_model(args, settings, resumed):
     """The model to train, with the weights of --resume or --init, if any; UserError."""
+    if args.batch > settings["train_videos"] or args.batch % world_size():
+        raise UserError(
+            f"--batch {args.batch} must be at most the number of training clips,"
+            f" {settings['train_videos']}, and a multiple of that of processes, {world_size()}"
+        )
     if resumed:
-        rows = OPTIONS | {k: v for k, v in MODEL_OPTIONS.items() if k in options_of(args.method)}
-        check_continues(resumed["run"], settings, {name: row[0] for name, row in rows.items()})
+        check_continues(resumed["run"], settings)
     torch.manual_seed(args.seed)
     chosen = {name: getattr(args, name) for name in MODEL_OPTIONS}
     model = build_model(Config(len(settings["classes"]), **chosen))
@@ -413,11 +386,16 @@ def batches(num_clips, epoch, global_batch, seed=0, rank=0, world_size=1):
 
 
 # ---------------------------------------------------------------- on the terminal
-def describe(args, videos, model, clips, test_views, lr, device, dtype):
+EPOCH_LINE = (
+    "epoch {epoch:3d}   loss {train_loss:.3f}   top-1 {val_top1:.2%}   top-5 {val_top5:.2%}"
+    "   {clips_per_second:.1f} clips/s   {seconds:.0f} s   unreadable {failed} + {val_failed}"
+)
+
+
+def describe(args, videos, model, clips, test_views, device, dtype):
     """What is about to be trained."""
     tuned, everything = count_parameters(model)
     missing = f"; {len(videos.missing)} listed videos are missing" if videos.missing else ""
-    exchanged = f"; a step exchanges {4e-6 * tuned:.1f} MB of gradients"
     precision = str(dtype or torch.float32).removeprefix("torch.")
     say(
         f"data      {args.data}, {videos.found}: {len(clips)} training and {len(test_views)}"
@@ -425,7 +403,7 @@ def describe(args, videos, model, clips, test_views, lr, device, dtype):
     )
     say(
         f"model     {args.method} around {args.backbone}: {tuned / 1e6:.2f} M of"
-        f" {everything / 1e6:.2f} M weights are trained{exchanged if world_size() > 1 else ''}"
+        f" {everything / 1e6:.2f} M weights are trained"
     )
     say(
         f"clips     {args.frames} frames of {model.visual.image_size[0]} px, {args.sampling};"
@@ -434,20 +412,7 @@ def describe(args, videos, model, clips, test_views, lr, device, dtype):
     say(
         f"training  {args.epochs} x {len(clips) // args.batch} steps of {args.batch} clips, on"
         f" {world_size()} x {device.type}, {precision}; learning rate"
-        f" {args.lr:g} x {args.batch}/256 = {lr:g}"
-    )
-
-
-def epoch_line(line, num_classes):
-    """An epoch's line of the log, for people; of five classes or fewer, top-5 says nothing."""
-    top5 = f"   top-5 {100 * line['val_top5']:.2f} %" if num_classes > 5 else ""
-    unreadable = ""
-    if line["failed"] or line["val_failed"]:
-        unreadable = f"   {line['failed']} + {line['val_failed']} unreadable, see failed.txt"
-    return (
-        f"epoch {line['epoch']:3d}   loss {line['train_loss']:.3f}"
-        f"   top-1 {100 * line['val_top1']:.2f} %{top5}"
-        f"   {line['clips_per_second']:.1f} clips/s   {line['seconds']:.0f} s{unreadable}"
+        f" {args.lr:g} x {args.batch}/256 = {args.lr * args.batch / 256:g}"
     )
 
 

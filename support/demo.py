@@ -5,7 +5,6 @@ only full-size frames tell the texture; the order of frames alone tells the moti
 """
 
 import os
-import shutil
 from functools import partial
 
 import av
@@ -90,21 +89,16 @@ def draw_data(root, numbers, draw=draw_moving, classes=MOVING_CLASSES):
     numbers: of training and validation videos. draw(seed, *class) → frames.
     """
     for split, number in zip(("train", "val"), numbers):
-        final, temporary = f"{root}/{split}", f"{root}/{split}.{os.getpid()}.tmp"
-        if os.path.isdir(final):
-            continue
-        job = partial(draw_file, temporary, split == "val", draw, classes)
-        try:
-            for _ in in_parallel(job, range(number), f"drawing {final}"):
+        folder = f"{root}/{split}"
+        if not os.path.isdir(folder):
+            job = partial(draw_file, f"{folder}.tmp", split == "val", draw, classes)
+            for _ in in_parallel(job, range(number), f"drawing {folder}"):
                 pass
-            if not os.path.isdir(final):  # another run may have finished first
-                os.rename(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            os.rename(f"{folder}.tmp", folder)
 
 
 def draw_file(folder, is_val, draw, classes, i):
     kind = classes[i % len(classes)]
-    path = os.path.join(folder, "_".join(map(str, kind)), f"{i:05d}.mp4")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_video(path, draw([is_val, i], *kind))
+    folder = f"{folder}/{'_'.join(map(str, kind))}"
+    os.makedirs(folder, exist_ok=True)
+    write_video(f"{folder}/{i:05d}.mp4", draw([is_val, i], *kind))

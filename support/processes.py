@@ -22,7 +22,6 @@ class UserError(Exception):
 # A full disk, a missing folder or a worker that was killed is the user's to mend, too.
 USER_ERRORS = (UserError, OSError, concurrent.futures.BrokenExecutor)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, a scheduler's, Slurm's warning
-STOPPED = (130, 143)  # the exit statuses that a shell expects after SIGINT and SIGTERM
 
 
 def choose_device(name):
@@ -34,10 +33,7 @@ def choose_device(name):
         return torch.device(name)
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= gpus:
-        raise UserError(
-            f"process {local} of this machine finds no CUDA GPU, of which there are {gpus}: start"
-            " fewer processes, or take --device cpu"
-        )
+        raise UserError(f"process {local} finds no CUDA GPU: this machine has {gpus} of them")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
@@ -59,8 +55,6 @@ def autocast_type(name, device):
 
 
 # ---------------------------------------------------------------- a script's life
-
-
 @contextlib.contextmanager
 def one_sentence(script):
     """End the program with `script: what is wrong` after a user error inside."""
@@ -68,14 +62,11 @@ def one_sentence(script):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     try:
         yield
-    except KeyboardInterrupt:
-        raise SystemExit(f"{script}: stopped") from None
     except SystemExit as stop:
         if isinstance(stop.code, str):
             raise SystemExit(f"{script}: {stop.code}") from None
-        if stop.code in STOPPED and os.environ.get("RANK", "0") == "0":  # the group is left by now
-            hint = "; --resume continues the run" if script == "train.py" else ""
-            print(f"{script}: stopped by a signal{hint}")
+        if stop.code in (128 + number for number in SIGNALS) and os.environ.get("RANK", "0") == "0":
+            print(f"{script}: stopped by a signal")
         raise
     except Exception as error:
         sentence = explain(error)
@@ -94,56 +85,45 @@ def explain(error):
             return lines[-1].partition(": ")[2]
         return lines[0]
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in lines[0]:
-        return (
-            "a process that reads videos has died; if memory, or shared memory in a container, ran"
-            f" out, use fewer --workers ({lines[0]})"
-        )
+        return f"{lines[0]} (if memory, or a container's shared memory, ran out: fewer --workers)"
     return None
 
 
 @contextlib.contextmanager
 def processes(script, device_name="auto"):
     """The device of this process, in a process group exactly if torchrun started us."""
-    with one_sentence(script):
+    with one_sentence(script), on_signals(sys.exit):
         device = choose_device(device_name)
         if "WORLD_SIZE" in os.environ:
             # Gradients go by NCCL where there are GPUs, what processes tell each other by gloo.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             hour = datetime.timedelta(hours=1)  # one process may download for long
             dist.init_process_group(backend, timeout=hour)
+        leave_group = dist.is_initialized()
         try:
-            with on_signals(sys.exit):
-                yield device
+            yield device
         except BaseException as error:
-            release(error)
-            # After other errors the group is not left: NCCL would wait for processes that wait for
-            # this one.
-            if isinstance(error, SystemExit) and dist.is_initialized():
-                dist.destroy_process_group()
+            # After an error NCCL would wait for processes that wait for this one.
+            leave_group &= isinstance(error, SystemExit)
+            # A DDP wrapper that outlives the group can wait forever for a thread of gloo that
+            # itself waits for Python's lock: forget the frames that hold it.
+            traceback.clear_frames(error.__traceback__)
+            # Data workers would first finish the videos that they have in hand.
+            for worker in torch.multiprocessing.active_children():
+                worker.kill()
             raise
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def release(error):
-    """Let go of what could keep this process from ending."""
-    # A DDP wrapper that outlives the group can wait forever for a thread of gloo that itself waits
-    # for Python's lock: forget the frames that hold it.
-    traceback.clear_frames(error.__traceback__)
-    # Data workers would first finish the videos that they have in hand.
-    for worker in torch.multiprocessing.active_children():
-        worker.kill()
+        finally:
+            if leave_group:
+                dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- signals
-
-
 @contextlib.contextmanager
 def on_signals(act):
     """Inside, a signal calls act(status), the status with which a shell expects us to end."""
 
     def handle(number, frame):
-        act(130 if number == signal.SIGINT else 143)
+        act(128 + number)
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
@@ -153,15 +133,14 @@ def on_signals(act):
             signal.signal(number, handler)
 
 
-def leave_signals_to_the_parent(worker):
-    """For data workers: the training process answers a job's signal, and then ends them."""
+def start_worker(worker=None):
+    """One thread; a signal is the parent's to answer, which then ends its workers."""
+    torch.set_num_threads(1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------- what processes tell each other
-
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -176,20 +155,17 @@ def say(*words):
         print(*words)
 
 
+def end_all(why):
+    """Called in all processes alike: they end, and the first one says why."""
+    raise SystemExit(why if rank() == 0 else 1)
+
+
 def gather(rows):
-    """The lists of all processes, joined, in every process."""
+    """The lists of all processes, joined, in every process; by their CPUs, no GPU is waited for."""
     shards = [rows] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(shards, rows)
     return [row for shard in shards for row in shard]
-
-
-def all_sum(*numbers):
-    """The sums of these numbers over all processes; by their CPUs, so nobody waits for a GPU."""
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums.tolist()
 
 
 def rank_zero_first(work):
@@ -210,35 +186,19 @@ def rank_zero_first(work):
 
 
 # ---------------------------------------------------------------- progress, and many cores
-
-
 def progress_bar(items, title, total=None, **options):
-    """tqdm, in the first process only; in the log of a job, a line a minute."""
+    """tqdm, in the first process only; in the log of a job it moves once a minute."""
     from tqdm import tqdm  # here, so that `import model` needs it no more than it needs a terminal
 
-    options |= {"leave": False, "disable": rank() > 0}
     if not sys.stderr.isatty():
-        options |= {"delay": 60, "mininterval": 60, "maxinterval": 60}
-        options["miniters"] = 1  # else tqdm repeats an old count whenever the work becomes slower
-        options["bar_format"] = (
-            "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go, {rate_fmt}{postfix}\n"
-        )
-    return tqdm(items, title, total, **options)
+        options |= {"delay": 60, "mininterval": 60, "maxinterval": 60}  # seconds
+    return tqdm(items, title, total, leave=False, disable=rank() > 0, **options)
 
 
 def in_parallel(work, jobs, title, workers=None):
-    """Yield work(job) for each job, in order; processes of one thread each do it.
-
-    workers: their number, eight at most if it is not given.
-    """
+    """Yield work(job) for each job, in order; processes do it, eight at most unless `workers`."""
     workers = workers or min(8, os.cpu_count())
     with concurrent.futures.ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         # After a failure, here or in the caller, map calls off what has not been begun, and pool
         # waits for what has.
         yield from progress_bar(pool.map(work, jobs), title, len(jobs), unit="video")
-
-
-def start_worker():
-    """One thread; Ctrl-C is for the parent to handle."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,21 +12,22 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from support.backbones import check_fit
-from support.processes import UserError, all_sum, gather, rank, say, world_size
+from support.processes import UserError, end_all, gather, rank, say, world_size
 
 RUN_FILES = ("last.pt", "best.pt", "last.*.json", "best.*.json", "log.jsonl", "failed.txt")
-# Options that may differ between a run and its continuation.
+# Settings that may differ between a run and its continuation.
 MAY_CHANGE = set(
     "out root init resume overwrite workers micro_batch compile checkpoint_activations save_every"
-    " device".split()
+    " device train_videos val_videos val_digest".split()
 )
 COUNTERS = ("epoch", "step", "loss_sum", "failed", "best", "log")
 MAX_FAILED = 0.05  # the share of training videos that may be unreadable
-STEPS_PER_CHECK = 20  # reading a loss waits for the device
 
 
 # ---------------------------------------------------------------- files
@@ -34,28 +35,22 @@ RENAMED = {"num_frames": "frames", "image_size": "size"}  # options of older che
 MARK = b"\nsha256 "  # ends torch.save's output; the SHA-256 of that follows, in hexadecimal
 
 
-def write_file(path, content):
-    """Write bytes atomically: whoever is cut off, or finds the disk full, keeps the old file."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path}, which stays as it was: {reason}") from error
-
-
 def write_checkpoint(path, content):
-    """Plain values and tensors → a file, sealed: torch.load takes flipped bits without a word."""
+    """Plain values and tensors → a file, sealed: torch.load takes flipped bits without a word.
+
+    Whoever is cut off, or finds the disk full, keeps the old file.
+    """
     body = io.BytesIO()
     torch.save(content, body)
     body = body.getvalue()
-    write_file(path, body + MARK + hashlib.sha256(body).hexdigest().encode())
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(body + MARK + hashlib.sha256(body).hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}, which stays as it was: {error}") from error
 
 
 def read_checkpoint(path):
@@ -70,8 +65,6 @@ def read_checkpoint(path):
             " its content"
         )
     content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    if content["format"] != 1:
-        raise UserError(f"{path} is of format {content['format']}, and this version reads 1")
     content["model"] = {RENAMED.get(name, name): v for name, v in content["model"].items()}
     return content
 
@@ -125,92 +118,78 @@ def load_weights(model, content, path, head=True):
 
 
 # ---------------------------------------------------------------- which run, and may it go on
-
-
 def find_run(folder, resume, overwrite):
     """The content of the folder's last.pt to continue from, or None for a new run.
 
     A run that is in the way is refused: two in one folder would spoil each other.
     """
-    last = os.path.join(folder, "last.pt")
+    last = f"{folder}/last.pt"
     if resume and os.path.exists(last):
-        content = read_checkpoint(last)
-        if content["training"] is None:
-            raise UserError(f"{last} holds weights only, like best.pt: --init starts from them")
-        return content
-    if run_files(folder) and not overwrite:
-        hint = "--resume continues it" if os.path.exists(last) else "no last.pt to resume from"
+        return read_checkpoint(last)
+    if not overwrite and any(os.path.exists(f"{folder}/{name}.pt") for name in ("last", "best")):
         raise UserError(
-            f"{folder} holds a run already: {hint}, --overwrite deletes it, --out DIR goes"
-            " elsewhere"
+            f"{folder} holds a run already: --resume continues its last.pt, --overwrite deletes it,"
+            " --out DIR goes elsewhere"
         )
-    if resume:
-        say(f"note: there is no {last} to resume from, so the run starts afresh")
     return None
 
 
-def run_files(folder):
-    """The paths of what a run has left in a folder."""
-    return [path for name in RUN_FILES for path in glob.glob(f"{glob.escape(folder)}/{name}")]
-
-
-def check_continues(was, settings, defaults):
-    """UserError where a run had other settings; defaults: of all options, some added since."""
-    was = defaults | was
-    names = sorted(defaults.keys() - MAY_CHANGE)
-    differ = [name for name in names if was[name] != settings[name]]
-    sentences = [f"--{name.replace('_', '-')} was {was[name]}" for name in differ]
-    for name, what in (("classes", "classes"), ("train_digest", "training videos")):
-        if was[name] != settings[name]:
-            sentences.append(f"{settings['root']} has other {what}")
-    if "epochs" in differ:
-        sentences.append(
-            "the learning rate falls over all epochs, so that more of them are another run: to"
-            f" train on from its weights, take --init {settings['out']}/last.pt and a new --out"
-        )
+def check_continues(was, settings):
+    """UserError where the run that is resumed had other settings."""
+    common = (settings.keys() & was.keys()) - MAY_CHANGE
+    differ = [name for name in sorted(common) if was[name] != settings[name]]
+    options = [name for name in differ if name not in ("classes", "train_digest")]
+    sentences = [f"--{name.replace('_', '-')} was {was[name]}" for name in options]
+    if differ != options:
+        sentences.append(f"{settings['root']} has other classes or training videos")
     if sentences:
-        raise UserError(f"{settings['out']} holds another run: {'; '.join(sentences)}")
+        raise UserError(
+            f"{settings['out']} holds another run: {'; '.join(sentences)} (to start a new run from"
+            f" its weights, take --init {settings['out']}/last.pt and another --out)"
+        )
 
 
 # ---------------------------------------------------------------- what surrounds the loop
+@dataclass
 class Run:
-    """The folder and the counters of a training; it trains nothing itself.
+    """The folder and the counters of a training; it trains nothing itself."""
 
-    epoch: how many are complete. Of the next one: step, its steps so far; loss_sum, the sum of
-    their losses; failed, the messages of unreadable videos. best: the best accuracy. log: the
-    lines of log.jsonl. mean_loss: of the epoch's steps, as far as they have been added up.
-    signals: the exit statuses that signals asked for, before the next step.
-    """
+    folder: str
+    save_every: float  # minutes
+    num_videos: int  # for training
+    checkpoint: Callable  # () → all that last.pt holds
+    epoch: int = 0  # how many are complete
+    step: int = 0  # of the next one
+    loss_sum: float = 0.0  # over its steps, as of the last save
+    failed: list = field(default_factory=list)  # messages of unreadable videos, likewise
+    best: float = -1.0  # accuracy of all epochs
+    log: list = field(default_factory=list)  # the lines of log.jsonl
+    signals: list = field(default_factory=list)  # exit statuses that they ask for
+    losses: list = field(default_factory=list)  # of this process, since the last save
+    messages: list = field(default_factory=list)  # likewise
+    saved: float = 0.0  # when
 
-    def __init__(self, folder, save_every, num_videos, checkpoint):
-        """save_every: minutes. num_videos: for training. checkpoint(): all that last.pt holds."""
-        self.folder, self.save_every = folder, 60 * save_every
-        self.num_videos, self.checkpoint = num_videos, checkpoint
-        self.epoch, self.step, self.loss_sum = 0, 0, 0.0
-        self.failed, self.best, self.log = [], -1.0, []
-        self.losses, self.messages = [], []  # of this process, since they were last added up
-        self.signals, self.saved = [], time.monotonic()
-        self.mean_loss, self.resumed = math.nan, False
+    def start(self, resumed, train_digest):
+        """Begin, or go on from a last.pt's content; from here on the folder is this run's.
 
-    def restore(self, training):
-        """Take the counters of the checkpoint that is resumed."""
-        for name in COUNTERS:
-            setattr(self, name, training[name])
-        self.resumed = True
-
-    def start(self, train_digest):
-        """From here on the folder is this run's. train_digest: of the training videos."""
+        train_digest: of the training videos.
+        """
+        done = ""
+        if resumed:
+            for name in COUNTERS:
+                setattr(self, name, resumed["training"][name])
+            done = f", resumed in epoch {self.epoch + 1} after step {self.step}"
         if len(set(gather([(self.epoch, self.step, train_digest)]))) > 1:
-            self.end(
+            end_all(
                 "not all machines find the same training videos, and the same last.pt in"
                 f" {self.folder}, whose disk they must share"
             )
-        done = f", resumed in epoch {self.epoch + 1} after step {self.step}" if self.resumed else ""
         say(f"writes    {self.folder}{done}")
         if rank() == 0:
             os.makedirs(self.folder, exist_ok=True)
-            for path in [] if self.resumed else run_files(self.folder):
-                os.remove(path)
+            for name in [] if resumed else RUN_FILES:
+                for path in glob.glob(f"{glob.escape(self.folder)}/{name}"):
+                    os.remove(path)
         self.save()  # if this cannot be written, better to know it now
 
     def before_step(self, unreadable):
@@ -218,62 +197,53 @@ class Run:
 
         unreadable: messages of the step's videos.
         """
-        due = rank() == 0 and time.monotonic() > self.saved + self.save_every
-        signalled, due = all_sum(len(self.signals), due)
-        if signalled or due:
+        due = time.monotonic() > self.saved + 60 * self.save_every
+        states = gather([(due, self.signals)])
+        signals = sum((signals for _, signals in states), [])
+        if signals or states[0][0]:
             self.save()
-        if signalled:
-            raise SystemExit(max(self.signals, default=143))
+        if signals:
+            raise SystemExit(signals[0])
         self.messages += unreadable
 
     def after_step(self, loss):
-        """loss: this process's part of it, on the device."""
-        self.losses.append(loss.detach())
+        """loss: this process's part of it, on the device, which is not waited for."""
+        self.losses.append(loss)
         self.step += 1
-        if len(self.losses) == STEPS_PER_CHECK:
-            self.add_up()
 
-    def add_up(self):
-        """Add what has gathered to the counters; end the run if losses or videos are too bad."""
+    def save(self):
+        """Write last.pt and log.jsonl, unless losses, weights or videos are too bad."""
         values = torch.stack(self.losses).tolist() if self.losses else []
-        for loss in all_sum(*values):
-            self.loss_sum += loss / world_size()
-        if not math.isfinite(self.loss_sum):
-            self.end(
-                f"a loss in steps {self.step - len(values) + 1} to {self.step} of epoch"
-                f" {self.epoch + 1} is not finite, so nothing is saved any more; try a lower --lr,"
-                " or --clip-grad 1"
-            )
-        self.mean_loss = self.loss_sum / self.step if self.step else math.nan
+        for losses in zip(*gather([values])):
+            self.loss_sum += sum(losses) / world_size()
         messages = gather(self.messages)
-        self.log_failures(messages)
+        if messages:
+            self.list_failures(messages)
         self.failed = sorted({*self.failed, *messages})
         self.losses, self.messages = [], []
         if len(self.failed) > MAX_FAILED * self.num_videos:
-            self.end(
+            end_all(
                 f"{len(self.failed)} training videos could not be read in epoch {self.epoch + 1},"
                 f" and a run stops above {MAX_FAILED:.0%}; {self.folder}/failed.txt lists them"
             )
-
-    def save(self):
-        """Write last.pt and log.jsonl, unless a loss or a weight is not finite any more."""
-        self.add_up()
         content = self.checkpoint()
         weights = [w for w in content["weights"].values() if w.is_floating_point()]
-        if not torch.nn.utils.get_total_norm(weights).isfinite():
-            self.end(
-                "weights are not finite any more, so they are not saved; try a lower --lr, or"
-                " --clip-grad 1"
+        norm = torch.nn.utils.get_total_norm(weights)
+        if not (math.isfinite(self.loss_sum) and norm.isfinite()):
+            end_all(
+                f"a loss or a weight is not finite any more in epoch {self.epoch + 1}, by step"
+                f" {self.step}, so nothing is saved; try a lower --lr, or --clip-grad 1"
             )
         if rank() == 0:
             write_checkpoint(f"{self.folder}/last.pt", content)
-            lines = "".join(json.dumps(line) + "\n" for line in self.log)
-            write_file(f"{self.folder}/log.jsonl", lines.encode())
+            with open(f"{self.folder}/log.jsonl", "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.log)
         self.saved = time.monotonic()
 
     def end_epoch(self, line, errors):
         """line: the epoch's of the log, val_top1 in it; errors: of its validation videos."""
-        self.log_failures(errors)
+        if errors:
+            self.list_failures(errors)
         if rank() == 0 and line["val_top1"] > self.best:
             write_checkpoint(f"{self.folder}/best.pt", self.checkpoint() | {"training": None})
         self.best = max(self.best, line["val_top1"])
@@ -281,14 +251,11 @@ class Run:
         self.log.append(line)
         self.save()
 
-    def log_failures(self, messages):
-        """Add to failed.txt what is new in this epoch."""
-        new = {" ".join(message.splitlines()) for message in messages}.difference(self.failed)
-        if rank() == 0 and new:
+    def list_failures(self, messages):
+        """Add to failed.txt what is not in it yet."""
+        if rank() == 0:
             # A path may be any bytes.
-            with open(f"{self.folder}/failed.txt", "a", errors="surrogateescape") as file:
+            with open(f"{self.folder}/failed.txt", "a+", errors="surrogateescape") as file:
+                file.seek(0)
+                new = set(messages).difference(file.read().splitlines())
                 file.writelines(f"{message}\n" for message in sorted(new))
-
-    def end(self, why):
-        """Called in all processes alike: the first one says why."""
-        raise SystemExit(why if rank() == 0 else 1)

@@ -78,4 +78,6 @@ def test_drawing_is_deterministic_and_whole_or_absent(tmp_path):
 
     with pytest.raises(RuntimeError, match="stopped midway"):
         draw_data(str(tmp_path / "c"), (16, 8), draw=stop_midway)
-    assert os.listdir(tmp_path / "c") == []
+    assert not os.path.exists(tmp_path / "c" / "train")
+    draw_data(str(tmp_path / "c"), (16, 8))
+    assert files_under(tmp_path / "c") == files

@@ -42,6 +42,22 @@ def test_an_upward_import_inside_a_function_is_seen():
     assert upward_imports(code, 0) == ["model"] and upward_imports(code, 1) == []
 
 
+def test_the_model_needs_no_library_for_videos_or_bars():
+    todo, imported = ["model"], set()
+    for module in todo:
+        imported.add(module)
+        path = os.path.join(HERE, module.replace(".", "/") + ".py")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                statements = ast.parse(file.read()).body  # at the top, not inside functions
+            for node in statements:
+                names = [alias.name for alias in getattr(node, "names", [])]
+                names = [node.module] if isinstance(node, ast.ImportFrom) else names
+                todo += [name for name in names if name not in todo]
+    assert {"adapters", "support.processes", "torch"} < imported
+    assert not imported & {"av", "tqdm", "timm"}
+
+
 def test_the_top_level_holds_the_nine_files_only():
     names = {os.path.basename(path) for path in glob.glob(f"{HERE}/*.py")}
     assert names - {"conftest.py"} == {f"{name}.py" for name in NINE}
