@@ -173,7 +173,7 @@ class DualPath(nn.Module):
             code = config.position_scale * code  # p^TP, (T_G, P, d)
             self.temporal_class_embedding = None
             if visual.class_embedding is not None:
-                # What the frozen blocks know as a class token has its position added.
+                # What frozen blocks know as a class token has its position added.
                 class_token = visual.class_embedding + visual.positional_embedding[0]
                 self.temporal_class_embedding = nn.Parameter(class_token.detach())
                 code = nn.functional.pad(code, (0, 0, 1, 0))  # zero for the class token
@@ -332,12 +332,11 @@ def build_model(config, visual=None):
 def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
     """Make a model ready for long work under autocast to dtype; returns it.
 
-    Frozen weights take in QuickGELU's factors, and are held in dtype, instead of being cast at
-    every call; those of LayerNorms are few, and keep float32. checkpoint_activations: only the
-    blocks' inputs are kept, and activations are recomputed in backward. compile: the blocks, which
-    share their graphs.
+    Frozen weights take in QuickGELU's factors, and are held in dtype instead of being cast at every
+    call, but for LayerNorms' few. checkpoint_activations: only the blocks' inputs are kept, and
+    activations are recomputed in backward. compile: the blocks, which share their graphs.
     """
-    fold_quick_gelu(model.visual)
+    fold_quick_gelu(model)
     if dtype is not None:
         for module in model.visual.modules():
             for p in module.parameters(recurse=False):
@@ -360,15 +359,16 @@ def prepare(model, dtype=None, compile=False, checkpoint_activations=False):
     return model
 
 
-def fold_quick_gelu(visual):
+def fold_quick_gelu(model):
     """QuickGELU(u) = u · σ(1.702 u) = SiLU(1.702 u) / 1.702, the factors into frozen weights.
 
     QuickGELU is three operations on the widest tensors, and keeps two of them for backward; SiLU is
-    one and keeps one.
+    one and keeps one. Random weights stay as they are, for checkpoints hold them.
     """
-    for mlp in (getattr(block, "mlp", None) for block in visual.blocks):
+    for block in model.visual.blocks if model.config.pretrained else []:
+        mlp = getattr(block, "mlp", None)  # Swin's patch merging has none
         quick = isinstance(getattr(mlp, "gelu", None), QuickGELU) and not hasattr(mlp, "ln")
-        if quick and not any(p.requires_grad for p in mlp.parameters()):
+        if quick and not mlp.c_fc.weight.requires_grad:
             mlp.c_fc.weight.mul_(1.702)
             mlp.c_fc.bias.mul_(1.702)
             mlp.c_proj.weight.div_(1.702)

@@ -122,6 +122,7 @@ def measure(counted, plain, args, device, dtype):
     steps = {"product": lambda: square @ square}
     for i, (config, _) in enumerate(counted):
         model = build_model(config).to(device)
+        model.config.pretrained = "random"  # prepared as weights that checkpoints do not hold
         model = prepare(model, dtype, args.compile, args.checkpoint_activations)
         own = steps_of(model, plain, args.batch, device, dtype)
         steps |= {(i, kind): function for kind, function in own.items()}
