@@ -162,7 +162,6 @@ def test_frames_are_bit_identical_to_decoding_the_whole_file(name, tmp_path, mon
     "name, number",
     [
         ("k400_demo.mp4", 280),
-        ("k400_clip2.mp4", 300),
         ("pancake.mkv", 310),
         ("two_video_streams.mp4", 390),
     ],
@@ -449,5 +448,5 @@ def test_the_avis_of_a_classic_benchmark_are_read_exactly():
     paths = sorted(glob.glob(f"{SHARED}/ut_interaction/videos/*.avi"))
     if not paths:
         pytest.skip("the AVIs are not in ../shared")
-    for path in paths if THOROUGH else paths[::24]:
+    for path in paths if THOROUGH else paths[::60]:
         assert_read_as_decoding_gives(path)
