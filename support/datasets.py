@@ -118,18 +118,15 @@ def opened(path):
 
 
 def name_classes(files, rows):
-    """From the file that names them, or else from the training list.
-
-    Files have a name a line; Something-Something's {name: number}; Diving-48's [[word, …], …].
-    """
+    """From the file that names them, or else from the training list."""
     for path in files["classes"]:
         with opened(path) as file:
             if path.endswith(".txt"):
                 return [name.strip() for name in file.read().rstrip().split("\n")]
             content = json.load(file)
-            if isinstance(content, dict):
+            if isinstance(content, dict):  # Something-Something's {name: number}
                 return sorted(content, key=lambda name: int(content[name]))
-            return [" ".join(words) for words in content]
+            return [" ".join(words) for words in content]  # Diving-48's [[word, …], …]
     labels = sorted({label for label, _, _ in rows["train"]})
     if labels and isinstance(labels[0], str):
         return labels
@@ -329,6 +326,5 @@ def digest(samples):
     """
     lines = []
     for path, label in samples:
-        name = os.path.splitext(os.path.basename(path))[0]
-        lines.append(f"{name}\t{label}\n")
+        lines.append(f"{os.path.splitext(os.path.basename(path))[0]}\t{label}\n")
     return hashlib.sha256(os.fsencode("".join(sorted(lines)))).hexdigest()
