@@ -257,7 +257,7 @@ def check_tag(name, tag):
         have = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(f"{tag!r} is neither a file nor weights of {name}, which has {have}")
     if known.get("quick_gelu") and other in open_clip.list_models():
-        raise UserError(f"weights {tag!r} were trained with QuickGELU: take --backbone {other}")
+        raise UserError(f"weights {tag!r} want QuickGELU, not GELU: take --backbone {other}")
 
 
 def load_tower(clip, path, backbone, image_size):

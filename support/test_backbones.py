@@ -217,7 +217,7 @@ def offline(monkeypatch):
 @pytest.mark.parametrize(
     "backbone, tag, words",
     [
-        ("ViT-B-16", "openai", "trained with QuickGELU: take --backbone ViT-B-16-quickgelu$"),
+        ("ViT-B-16", "openai", "want QuickGELU, not GELU: take --backbone ViT-B-16-quickgelu$"),
         ("ViT-B-16", "nonsense", "'nonsense' is neither a file.*openai"),
         ("ViT-B-16-SigLIP2", "openai", "'openai' is neither a file .*which has webli"),
         ("swin_b", "openai", "'openai' is neither a file nor weights of swin_b: imagenet1k is"),
