@@ -10,7 +10,7 @@ import math
 from functools import partial
 
 import torch
-from open_clip.transformer import QuickGELU, VisionTransformer
+from open_clip.transformer import QuickGELU
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,8 +20,7 @@ from support.backbones import (
     ImageModel,
     Unadapted,
     add_positions,
-    by_the_interface,
-    check_supported,
+    interface_of,
     load_plain_model,
 )
 from support.options import fraction, option, positive_int
@@ -319,8 +318,8 @@ def build_model(config, visual=None):
     check_options(config)
     if visual is None:
         visual = load_plain_model(config.backbone, config.pretrained, config.size)
-    check_supported(visual, type(visual).__name__)
-    visual = ViT(visual) if isinstance(visual, VisionTransformer) else by_the_interface(visual)
+    Interface = interface_of(visual, type(visual).__name__) or ViT
+    visual = Interface(visual)
     try:
         model = (DualPath if config.method == "dualpath" else FrameModel)(visual, config)
     except ValueError as error:

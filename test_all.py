@@ -563,11 +563,6 @@ def test_a_still_is_a_clip_of_one_frame():
     assert tiny(**options)(random_video(2, 1)).shape == (2, 8)
 
 
-def test_the_image_models_own_dropout_stays_off():
-    model = tiny().train()
-    assert model.training and not any(part.training for part in model.visual.modules())
-
-
 def test_wrong_video_is_refused():
     model = tiny()
     right = random_video()

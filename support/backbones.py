@@ -22,7 +22,6 @@ architecture should not be taken silently.
 
 import logging
 import os
-import zipfile
 
 import open_clip
 import torch
@@ -34,7 +33,7 @@ from support.processes import UserError, say
 
 
 class ImageModel(nn.Module):
-    """What the three kinds of image model share: their size, their pixels, and no dropout."""
+    """What the three kinds of image model share. None of them has dropout of its own."""
 
     def __init__(self, plain):
         super().__init__()
@@ -49,9 +48,9 @@ class ImageModel(nn.Module):
         for buffer, values in zip((self.mean, self.std), self.normalisation):
             buffer.copy_(255 * torch.tensor(values).view(3, 1, 1))
 
-    def train(self, mode=True):
-        """The image model's own dropout stays off, whoever asks."""
-        return super().train(False)
+    def tokens(self, patches, class_token, position):
+        """Without a class token; model.ViT has one of its own."""
+        return patches if position is None else add_positions(patches, position)
 
 
 class Block(nn.Module):
@@ -80,11 +79,6 @@ class Swin(ImageModel):
     biases of each attention alone, so that there is no p^SP to train; p^TP is added to the
     framesets' tokens behind the LayerNorm of the patch embedding.
 
-    What do windows see of a frameset? At 224 px, a little frame of 56 px has 14 x 14 tokens in
-    stage 1 and 7 x 7 in stage 2, so an unshifted window lies within one moment there, and only
-    shifted ones mix neighbours: left and right are the moments before and after, above and below
-    those 4 away. In stage 3 a window covers 2 x 2 little frames, in stage 4 all 16.
-
     Amplitude of p^TP: LayerNorm gives tokens with an RMS of 1 where its weight is 1, as at random;
     p^TP has one of 0.7 at an amplitude of 1 (--position-scale).
     """
@@ -101,7 +95,9 @@ class Swin(ImageModel):
         rows = self.image_size[0] // self.patch_size[0]  # of tokens
         for stage in stages:
             if isinstance(stage, nn.Sequential):
-                self.blocks.extend(swin_block(block, rows) for block in stage)
+                for block in stage:  # no stochastic depth: it is for training the image model
+                    attn = OnGrid(block.attn, rows)
+                    self.blocks.append(Block(block.norm1, attn, block.norm2, block.mlp))
                 self.widths += [stage[0].norm1.normalized_shape[0]] * len(stage)
             else:  # patch merging
                 self.blocks.append(OnGrid(stage, rows))
@@ -112,9 +108,6 @@ class Swin(ImageModel):
     def patches(self, images):
         patches = self.conv((images - self.mean) / self.std).flatten(2).transpose(1, 2)
         return self.ln_patch(patches).to(patches.dtype)  # autocast's LayerNorm gives float32
-
-    def tokens(self, patches, class_token, position):
-        return patches if position is None else add_positions(patches, position)
 
     def feature(self, tokens):
         return self.ln_post(tokens).mean(dim=1)
@@ -129,26 +122,6 @@ class OnGrid(nn.Module):
 
     def forward(self, tokens):
         return self.inner(tokens.unflatten(1, (self.rows, self.rows))).flatten(1, 2)
-
-
-def swin_block(block, rows):
-    """Without stochastic depth, which is for training the image model."""
-    return Block(block.norm1, OnGrid(block.attn, rows), block.norm2, block.mlp)
-
-
-def check_windows(plain, size):
-    """UserError, unless windows tile the grid of every stage.
-
-    torchvision would fill the last ones up with zeros, which attention then sees as tokens.
-    """
-    merging = sum(not isinstance(part, nn.Sequential) for part in plain.features)
-    window = plain.features[1][0].attn.window_size[0]
-    unit = plain.features[0][0].kernel_size[0] * 2**merging * window
-    if size % unit:
-        raise UserError(
-            f"the image size is {size}, and windows of {window} x {window} tokens tile every stage"
-            f" only of multiples of {unit}"
-        )
 
 
 # ---------------------------------------------------------------- SigLIP
@@ -175,24 +148,8 @@ class SigLIP(ImageModel):
     def patches(self, images):
         return self.patch_embed((images - self.mean) / self.std)
 
-    def tokens(self, patches, class_token, position):
-        return add_positions(patches, position)
-
     def feature(self, tokens):
         return self.attn_pool(self.ln_post(tokens))
-
-
-def is_siglip(plain):
-    """By the names of its parts, so that timm need not be imported."""
-    trunk = getattr(plain, "trunk", None)
-    if type(trunk).__name__ != "VisionTransformer" or trunk.global_pool != "map":
-        return False
-    parts = {trunk.patch_embed, trunk.norm_pre, trunk.fc_norm, trunk.head}
-    for block in trunk.blocks:
-        parts |= {block, block.attn, block.mlp, block.ls1, block.ls2}
-    plain_parts = {"PatchEmbed", "Block", "Attention", "Mlp", "Identity"}
-    tokens = trunk.pos_embed is not None and trunk.cls_token is None and not trunk.num_reg_tokens
-    return tokens and {type(part).__name__ for part in parts} == plain_parts
 
 
 def add_positions(tokens, position):
@@ -209,11 +166,6 @@ class Unadapted(nn.Module):
         merged = merging(torch.cat(paths)).split([path.shape[0] for path in paths])
         merged = [tokens.to(path.dtype) for tokens, path in zip(merged, paths)]
         return merged if len(paths) > 1 else merged[0]
-
-
-def by_the_interface(plain):
-    """torchvision's Swin or timm's SigLIP, with the same weights behind the interface above."""
-    return Swin(plain) if isinstance(plain, models.SwinTransformer) else SigLIP(plain)
 
 
 # ---------------------------------------------------------------- weights, and what is refused
@@ -245,43 +197,28 @@ def load_plain_model(backbone, pretrained, image_size=None):
     except UserError:
         raise
     except Exception as error:  # "no network" alone has dozens of types
-        place = None if is_file else web_address(backbone, pretrained)
-        hint = f" (without a network, download {place} elsewhere and take --pretrained FILE)"
+        hint = "" if is_file else " (without a network, fetch them elsewhere: --pretrained FILE)"
         raise UserError(
-            f"cannot load the image model {backbone!r} with weights {pretrained}"
-            f"{hint if place else ''}: {error}"
+            f"cannot load the image model {backbone!r} with weights {pretrained}{hint}: {error}"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
-
-
-def web_address(backbone, pretrained):
-    """Where weights are downloaded from, or None."""
-    if backbone in SWINS:
-        return SWINS[backbone][1].url
-    known = open_clip.get_pretrained_cfg(backbone, pretrained or "")
-    hub = known.get("hf_hub")
-    return known.get("url") or (hub and f"https://huggingface.co/{hub}")
 
 
 def load_clip(backbone, pretrained, is_file, image_size):
     """open_clip's image tower."""
     name = BACKBONES.get(backbone, backbone)
     if ":" not in name and name not in open_clip.list_models():
-        raise UserError(
-            f"there is no model {name!r}; there are {', '.join([*BACKBONES, *SWINS])} and those of"
-            " open_clip.list_models()"
-        )
+        have = ", ".join([*BACKBONES, *SWINS])
+        raise UserError(f"there is no model {name!r}; there are {have} and open_clip.list_models()")
     with torch.device("meta"):  # nothing is downloaded for what is not supported
         clip = open_clip.create_model(name, device="meta", load_weights=False, text_cfg=NO_TEXT)
-    check_supported(clip.visual, name)
+    interface_of(clip.visual, name)
     if is_file or pretrained is None:  # then open_clip only has to build the tower
-        options = {"load_weights": False, "text_cfg": NO_TEXT}
         # Mean and deviation of pixels: those of open_clip's first weights for it, the usual ones.
         tags = open_clip.list_pretrained_tags_by_model(name)
-        known = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
-        pixels = {k: known[k] for k in ("mean", "std") if k in known}
-        options["force_preprocess_cfg"] = pixels
+        pixels = open_clip.get_pretrained_cfg(name, tags[0] if tags else "")
+        options = {"load_weights": False, "text_cfg": NO_TEXT, "force_preprocess_cfg": pixels}
     else:
         options = {"pretrained": pretrained, "require_pretrained": True}
         if ":" not in name:
@@ -295,38 +232,32 @@ def load_clip(backbone, pretrained, is_file, image_size):
     return clip.visual
 
 
-def check_supported(plain, name):
-    """UserError unless there is a class for the library's module."""
-    if isinstance(plain, VisionTransformer):
-        fits = plain.attn_pool is None and plain.pool_type == "tok"
-    else:
-        fits = isinstance(plain, models.SwinTransformer) or is_siglip(plain)
-    if not fits:
-        raise UserError(
-            f"backbone {name!r} is not supported: it is convolutional, has rotary positions or"
-            " other tokens, or pools in a way of its own; take an open_clip ViT, such as"
-            " ViT-B-16-quickgelu or ViT-B-16-SigLIP2, or torchvision's swin_b"
-        )
+def interface_of(plain, name):
+    """Swin or SigLIP; None for a ViT that model.ViT takes; UserError for any other module."""
+    trunk = getattr(plain, "trunk", None)
+    is_timm_vit = type(trunk).__name__ == "VisionTransformer"  # its name, not to import timm
+    is_vit = isinstance(plain, VisionTransformer)
+    if isinstance(plain, models.SwinTransformer):
+        return Swin
+    if is_timm_vit and trunk.global_pool == "map" and trunk.num_prefix_tokens == 0:
+        return SigLIP
+    if is_vit and plain.attn_pool is None and plain.pool_type == "tok":
+        return None
+    raise UserError(
+        f"backbone {name!r} is not supported: it is convolutional, has rotary positions or other"
+        " tokens, or pools in a way of its own; take an open_clip ViT, such as ViT-B-16-quickgelu"
+        " or ViT-B-16-SigLIP2, or torchvision's swin_b"
+    )
 
 
 def check_tag(name, tag):
-    """UserError where open_clip lacks the weights, or only warns that their activation differs."""
-    other = f"{name}-quickgelu"
-    if name.endswith("-quickgelu"):
-        other = name.removesuffix("-quickgelu")
-    known = open_clip.get_pretrained_cfg(name, tag) or open_clip.get_pretrained_cfg(other, tag)
+    """UserError where open_clip lacks the weights, or only warns that they want QuickGELU."""
+    known, other = open_clip.get_pretrained_cfg(name, tag), f"{name}-quickgelu"
     if not known:
         have = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise UserError(
-            f"{tag!r} is neither a file nor weights open_clip has for {name}; it has {have}"
-        )
-    quick = open_clip.get_model_config(name).get("quick_gelu", False)
-    # Some names have one activation only, and no other to be sent to.
-    if known.get("quick_gelu", False) != quick and other in open_clip.list_models():
-        raise UserError(
-            f"weights {tag!r} were trained with {'GELU' if quick else 'QuickGELU'}, which {name}"
-            f" does not use: take --backbone {other}"
-        )
+        raise UserError(f"{tag!r} is neither a file nor weights of {name}, which has {have}")
+    if known.get("quick_gelu") and other in open_clip.list_models():
+        raise UserError(f"weights {tag!r} want QuickGELU, not GELU: take --backbone {other}")
 
 
 def load_tower(clip, path, backbone, image_size):
@@ -350,11 +281,10 @@ def load_tower(clip, path, backbone, image_size):
 
 def read_state(path):
     """The tensors of a file of weights, by name."""
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-    if any(name.endswith("/constants.pkl") for name in names):  # OpenAI's own archives
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-    else:
+    try:
         state = open_clip.factory.load_state_dict(path)
+    except RuntimeError:  # as of OpenAI's own archives
+        state = torch.jit.load(path, map_location="cpu").state_dict()
     return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
 
 
@@ -362,15 +292,13 @@ def load_swin(name, pretrained, is_file, image_size):
     """torchvision's Swin transformer without its classifier."""
     build, weights = SWINS[name]
     if pretrained not in (None, "imagenet1k") and not is_file:
-        raise UserError(
-            f"{pretrained!r} is neither a file nor weights torchvision has for {name}; it has"
-            " imagenet1k"
-        )
-    preset = weights.transforms()
-    size = image_size or preset.crop_size[0]
-    plain = build()
+        raise UserError(f"{pretrained!r} is neither a file nor weights of {name}: imagenet1k is")
+    preset, plain = weights.transforms(), build()
     plain.head = nn.Identity()
-    check_windows(plain, size)
+    own_size = preset.crop_size[0]
+    size = image_size or own_size
+    if size % own_size:  # torchvision would fill the last windows up with zeros, seen as tokens
+        raise UserError(f"the image size is {size}, and {name} takes multiples of {own_size}")
     if pretrained is not None:
         state = read_state(pretrained) if is_file else weights.get_state_dict(check_hash=True)
         state = {k: v for k, v in state.items() if not k.startswith("head.")}

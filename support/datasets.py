@@ -1,7 +1,4 @@
-"""Data sets in the layouts in which people have them, as lists of videos.
-
-LAYOUTS is a small table: the names under which a data set's lists and videos may be found.
-"""
+"""Data sets in the layouts in which people have them (the table LAYOUTS), as lists of videos."""
 
 import csv
 import glob
@@ -32,6 +29,7 @@ class Videos(NamedTuple):
     val: list
     classes: list  # the labels' names
     missing: list  # (split, path) of listed files that are not there
+    empty: list  # (split, name) of the classes without a video
     found: str  # the lists and folders that these come from, for the first line of a run
 
 
@@ -47,7 +45,7 @@ def folder_data(root):
         rows[split] = []
         for name in names[split]:
             rows[split] += [(name, path, True) for path in video_files(f"{place}/{name}")]
-    return assemble(root, names["train"], rows, "train/CLASS, val/CLASS")
+    return assemble(names["train"], rows, "train/CLASS, val/CLASS")
 
 
 def video_files(folder):
@@ -68,8 +66,6 @@ def video_files(folder):
 
 # ---------------------------------------------------------------- what is in a list
 # A reader yields (label, names of which the file has one, its folder within that of the videos).
-
-
 def read_path_list(file, path, split):
     """Lines of `path label` or `path,label`, the path in double quotes or not."""
     for number, line in enumerate(map(str.strip, file), 1):
@@ -78,17 +74,12 @@ def read_path_list(file, path, split):
             folder, name = os.path.split(match[2])
             yield int(match[3]), (name,), folder
         elif line:
-            raise UserError(f"{path}, line {number}: {line!r} is not `path label` or `path,label`")
+            raise ValueError(f"line {number}: {line!r} is not `path label` or `path,label`")
 
 
 def read_kinetics(file, path, split):
     """A CSV; the videos are called ID_000001_000011.mp4, or by the id alone."""
-    table = csv.DictReader(file)
-    columns = table.fieldnames or []
-    for name in ("label", "youtube_id", "time_start", "time_end"):
-        if name not in columns:
-            raise UserError(f"{path} has no column {name}; it has {', '.join(columns)}")
-    for row in table:
+    for row in csv.DictReader(file):
         start, end = int(float(row["time_start"])), int(float(row["time_end"]))
         video = row["youtube_id"]
         yield row["label"], (f"{video}_{start:06d}_{end:06d}", video), ""
@@ -121,39 +112,28 @@ def opened(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
             yield file
-    except UserError:
-        raise
-    except UnicodeError:
-        raise UserError(f"{path} is not UTF-8 text (is it UTF-16?): save it as UTF-8") from None
-    except Exception as error:  # numbers, CSV and JSON each fail in their own ways
+    except Exception as error:  # text, numbers, CSV and JSON each fail in their own ways
         kind = type(error).__name__
         raise UserError(f"{path} is not as docs/data.md has it ({kind}: {error})") from error
 
 
 def name_classes(files, rows):
     """From the file that names them, or else from the training list."""
-    classes = read_classes(*files["classes"]) if files["classes"] else []
+    for path in files["classes"]:
+        with opened(path) as file:
+            if path.endswith(".txt"):
+                return [name.strip() for name in file.read().rstrip().split("\n")]
+            content = json.load(file)
+            if isinstance(content, dict):  # Something-Something's {name: number}
+                return sorted(content, key=lambda name: int(content[name]))
+            return [" ".join(words) for words in content]  # Diving-48's [[word, …], …]
     labels = sorted({label for label, _, _ in rows["train"]})
-    if not labels or isinstance(labels[0], str):
-        return classes or labels
-    if labels[0] != 0:
-        problem = f"the smallest here is {labels[0]}"
-        raise UserError(f"{files['train'][0]}: labels must count from 0; {problem}")
-    if not classes and labels[-1] != len(labels) - 1:
-        gap = min(set(range(len(labels))) - set(labels))
-        raise UserError(f"{files['train'][0]}: labels must count from 0; {gap} is missing")
-    return classes or [str(label) for label in labels]
-
-
-def read_classes(path):
-    """A name a line; Something-Something's {name: number}; Diving-48's [[word, …], …]."""
-    with opened(path) as file:
-        if path.endswith(".txt"):
-            return [name.strip() for name in file.read().rstrip().split("\n")]
-        content = json.load(file)
-        if isinstance(content, dict):
-            return sorted(content, key=lambda name: int(content[name]))
-        return [" ".join(words) for words in content]
+    if labels and isinstance(labels[0], str):
+        return labels
+    for number, label in enumerate(labels):
+        if label != number:
+            raise UserError(f"{files['train'][0]}: labels must count from 0; {number} is missing")
+    return [str(label) for label in labels]
 
 
 class Layout(NamedTuple):
@@ -175,7 +155,7 @@ LAYOUTS = {
         read_kinetics,
         train=("train.csv", "kinetics-400_train.csv", "kinetics_train.csv"),
         val=("val.csv", "validate.csv", "kinetics-400_val.csv", "kinetics_val.csv"),
-        folders=("{split}", "{split}_256", "videos_{split}", "videos/{split}", "videos"),
+        folders=("{split}", "{split}_256", "videos_{split}", "videos"),
     ),
     "ssv2": Layout(
         read_something,
@@ -210,16 +190,17 @@ def listed_data(name, root, number):
     """The videos in the data set's own lists, or else in lists of paths and labels."""
     layout = LAYOUTS[name]
     files = {part: find_list(root, layout, part, number) for part in PARTS}
-    if is_path_list(files["train"]) or not (files["train"] or files["val"]):
+    of_paths = name == "list" or not (files["train"] or files["val"])
+    if files["train"] and files["train"][0].endswith(".csv"):  # Kinetics' own have this name, too
+        with opened(files["train"][0]) as file:
+            of_paths = of_paths or bool(PATH_AND_LABEL.fullmatch(file.readline().strip()))
+    if of_paths:
         layout = LAYOUTS["list"]
         files = {part: find_list(root, layout, part, number) for part in PARTS}
-    of_paths = layout is LAYOUTS["list"]
     for part in SPLITS if of_paths or not layout.classes else PARTS:
         if not files[part]:
-            names = dict.fromkeys(getattr(LAYOUTS[name], part) + getattr(layout, part))
-            names = ", ".join(names).format(split=part, number=number)
-            places = ", ".join(os.path.join(root, folder) for folder in LIST_FOLDERS)
-            raise UserError(f"there is no {part} list: looked for {names} in {places}")
+            names = ", ".join(getattr(LAYOUTS[name], part)).format(split=part, number=number)
+            raise UserError(f"there is no {part} list: looked for {names} in {root}")
     if number > 1 and of_paths and f"split_{number}" not in files["train"][0]:
         raise UserError(f"--split {number} is not that of the list {files['train'][0]}")
     rows, found = {}, []
@@ -231,7 +212,7 @@ def listed_data(name, root, number):
         folders = [folder.format(split=split) for folder in layout.folders]
         rows[split], folder = locate(root, folders, listed, exact=of_paths)
         found.append(f"{os.path.relpath(files[split][0], root)}, videos in {folder}")
-    return assemble(root, name_classes(files, rows), rows, "; ".join(found))
+    return assemble(name_classes(files, rows), rows, "; ".join(found))
 
 
 def find_list(root, layout, part, number):
@@ -247,14 +228,6 @@ def find_list(root, layout, part, number):
     return [os.path.join(root, path) for paths in candidates for path in paths]
 
 
-def is_path_list(paths):
-    """Is this CSV one of paths and labels? Kinetics' own are called train.csv and val.csv, too."""
-    if not paths or not paths[0].endswith(".csv"):
-        return False
-    with opened(paths[0]) as file:
-        return bool(PATH_AND_LABEL.fullmatch(file.readline().strip()))
-
-
 def locate(root, folders, rows, exact):
     """Rows → (label, path, is it there) triples, and the folder that the videos are in.
 
@@ -265,19 +238,14 @@ def locate(root, folders, rows, exact):
     if any(map(os.path.isabs, places)):
         folders = folders[:1]  # which makes no difference to absolute paths
     for folder in folders:
-        is_parent = any(other.startswith(f"{folder}/") for other in fits)
-        if is_parent or not os.path.isdir(os.path.join(root, folder)):
-            continue
         files = {place: list_folder(os.path.join(root, folder, place), exact) for place in places}
-        paths = []
-        for _, names, place in rows:
-            paths.append(next((files[place][name] for name in names if name in files[place]), None))
-        if any(paths):
-            fits[folder] = paths
+        if any(name in files[place] for _, names, place in rows for name in names):
+            fits[folder] = files
     refuse_two(root, [f"listed videos in {folder or '.'}" for folder in fits])
-    folder, paths = next(iter(fits.items()), (folders[0], [None] * len(rows)))
+    folder, files = next(iter(fits.items()), (folders[0], dict.fromkeys(places, {})))
     triples = []
-    for (label, names, place), path in zip(rows, paths):
+    for label, names, place in rows:
+        path = next((files[place][name] for name in names if name in files[place]), None)
         wanted = os.path.join(root, folder, place, names[0])
         triples.append((label, path or wanted, path is not None))
     return triples, folder or "."
@@ -297,27 +265,28 @@ def refuse_two(root, found):
         raise UserError(f"{root} has both {found[0]} and {found[1]}: move away the one not meant")
 
 
-def assemble(root, classes, rows, found):
+def assemble(classes, rows, found):
     """Each split's (label, path, is it there) → Videos: the first of each class, the second, …
 
     In this order --limit sees all classes.
     """
     numbers = {name: i for i, name in enumerate(classes)}
-    videos, missing = {}, []
+    videos, missing, empty = {}, [], []
     for split in SPLITS:
         ordered, seen = [], Counter()
         for name, path, is_there in rows[split]:
             label = numbers.get(name, name)
             if label not in range(len(classes)):
-                problem = f"{path} is of the class {label!r}, none of the {len(classes)}"
-                raise UserError(f"{root}: the {split} video {problem}")
+                raise UserError(f"{path} is of the class {label!r}, none of the {len(classes)}")
             if is_there:
                 ordered.append((seen[label], label, path))
             else:
                 missing.append((split, path))
             seen[label] += 1
         videos[split] = [(path, label) for _, label, path in sorted(ordered)]
-    return Videos(videos["train"], videos["val"], classes, missing, found)
+        have = {label for _, label in videos[split]}
+        empty += [(split, name) for i, name in enumerate(classes) if i not in have]
+    return Videos(videos["train"], videos["val"], classes, missing, empty, found)
 
 
 def find_videos(name, root=None, split=None, whole=SPLITS):
@@ -330,32 +299,23 @@ def find_videos(name, root=None, split=None, whole=SPLITS):
     if not os.path.isdir(root):
         raise UserError(f"the data folder {root} is not there; say with --root where it is")
     videos = listed_data(name, root, split or 1) if name in LAYOUTS else folder_data(root)
+    if name == "diving48":  # its corrected labels (V2) do not use all 48 names
+        videos = videos._replace(empty=[])
     for part in whole:
-        check_complete(name, root, videos, part)
-    return videos
-
-
-def check_complete(name, root, videos, split):
-    there = getattr(videos, split)
-    absent = [path for part, path in videos.missing if part == split]
-    listed = len(there) + len(absent)
-    # Every download of Kinetics lacks some videos; the other data sets come whole.
-    if len(absent) > (listed // 5 if name == "k400" else 0):
-        problem = f"{len(absent)} of {listed} {split} videos are not there, such as {absent[0]}"
-        raise UserError(f"{problem}; python -m tools.check_data lists them; found {videos.found}")
-    if not there or len(videos.classes) < 2:
-        have = f"{len(there)} {split} videos and {len(videos.classes)} classes"
-        raise UserError(f"{root} has {have}; it needs at least 1 video and 2 classes")
-    empty = empty_classes(name, videos, split)
-    if empty and split == "train":
+        there = getattr(videos, part)
+        absent = [path for split, path in videos.missing if split == part]
+        listed = len(there) + len(absent)
+        # Every download of Kinetics lacks some videos; the other data sets come whole.
+        if len(absent) > (listed // 5 if name == "k400" else 0):
+            problem = f"{len(absent)} of {listed} {part} videos are not there, such as {absent[0]}"
+            raise UserError(f"{problem}; python -m tools.check_data lists them")
+        if not there or len(videos.classes) < 2:
+            have = f"{len(there)} {part} videos and {len(videos.classes)} classes"
+            raise UserError(f"{root} has {have}; it needs at least 1 video and 2 classes")
+    empty = [name for split, name in videos.empty if split == "train"]
+    if empty and "train" in whole:
         raise UserError(f"{root} has no training video of the class {empty[0]!r}")
-
-
-def empty_classes(name, videos, split):
-    """The classes without a video. Diving-48's corrected labels (V2) do not use all 48 names."""
-    labels = {label for _, label in getattr(videos, split)}
-    unused = [c for i, c in enumerate(videos.classes) if i not in labels]
-    return unused if name != "diving48" else []
+    return videos
 
 
 def digest(samples):
@@ -366,6 +326,5 @@ def digest(samples):
     """
     lines = []
     for path, label in samples:
-        name = os.path.splitext(os.path.basename(path))[0]
-        lines.append(f"{name}\t{label}\n")
+        lines.append(f"{os.path.splitext(os.path.basename(path))[0]}\t{label}\n")
     return hashlib.sha256(os.fsencode("".join(sorted(lines)))).hexdigest()

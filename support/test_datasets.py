@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from conftest import SHARED, THOROUGH, needs_shared, write_anything, x264
-from support.datasets import LIST_FOLDERS, SPLITS, digest, find_videos
+from support.datasets import SPLITS, digest, find_videos
 from support.processes import UserError
 
 
@@ -80,16 +80,13 @@ FROM_0 = "train.txt: labels must count from 0;"
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("a.mp4 1\nb.mp4 2\n", f"{FROM_0} the smallest here is 1"),
+        ("a.mp4 1\nb.mp4 2\n", f"{FROM_0} 0 is missing"),
         ("a.mp4 0\nb.mp4 4000\n", f"{FROM_0} 1 is missing"),
-        ("a.mp4 0\na.mp4 x\n", "train.txt, line 2: 'a.mp4 x' is not `path label`"),
-        ("a.mp4 0\nb.mp4 4000000000\n", "line 2: .*4000000000"),
+        ("a.mp4 0\na.mp4 x\n", "train.txt is .*line 2: 'a.mp4 x' is not `path label`"),
         ("", "the class 1, none of the 0"),
         ("a.mp4 0\nz.mp4 1\nz.mp4 1\n", "2 of 3 train .*/z.mp4; python -m tools.check_data"),
-        ("z.mp4 0\ny.mp4 1\n", "2 of 2 train .*/z.mp4; .*found train.txt, videos in \\."),
-        ("a.mp4 0\n", "val video .*b.mp4 is of the class 1, none of the 1"),
-        ("a.mp4 0\né.mp4 1".encode("latin-1"), "train.txt is not UTF-8 text"),
-        ("a.mp4 0\n".encode("utf-16"), "train.txt is not UTF-8 text"),
+        ("a.mp4 0\n", "b.mp4 is of the class 1, none of the 1"),
+        ("a.mp4 0\n".encode("utf-16"), "train.txt is not as .*'utf-8' codec can't decode"),
     ],
 )
 def test_mistakes_in_lists(text, words, tmp_path):
@@ -325,15 +322,12 @@ def test_a_fifth_of_kinetics_may_be_missing(tmp_path):
     assert len(find_videos("k400", str(tmp_path), whole=("val",)).val) == 1
 
 
-PLACES = ", ".join(f".*/{folder}" for folder in LIST_FOLDERS)
 HMDB51_LIST = "testTrainMulti_7030_splits/sword_test_split1.txt"
 MISTAKES = [  # benchmark, file, its new content (None: it is deleted), what is said
-    ("k400", "train.csv", None, "no train list: looked for train.csv, .* in .*/annotations, "),
-    ("k400", "val.csv", "a.mp4,0\nb.mp4,1\n", "val.csv has no column label; it has a.mp4, 0"),
-    ("k400", "val.csv", HEAD.replace("time_start,", ""), "no column time_start; it has label, "),
+    ("k400", "train.csv", None, "no train list: looked for train.csv, kinetics-400_train.csv"),
+    ("k400", "val.csv", "a.mp4,0\nb.mp4,1\n", "val.csv is not as docs/data.md has it .*KeyError"),
     ("k400", "val.csv", f"{HEAD}zumba,e,zero,10,val\n", "val.csv is not as .*zero"),
-    ("k400", "val.csv", f"{HEAD}\nzumba,e\n", "val.csv is not as .*TypeError"),
-    ("k400", "val.csv", f"{HEAD}run,e,0,10,val\n", r"val video .*e_000000_.*class 'run'"),
+    ("k400", "val.csv", f"{HEAD}run,e,0,10,val\n", "e_000000_.* is of the class 'run'"),
     ("k400", "val.csv", HEAD, "has 0 val videos"),
     ("ssv2", f"{SSV2}-labels.json", None, "no classes list: looked for .*labels.json, labels.json"),
     ("ssv2", f"{SSV2}-train.json", "[{]", "train.json.*JSONDecodeError"),
@@ -341,8 +335,7 @@ MISTAKES = [  # benchmark, file, its new content (None: it is deleted), what is 
     ("ssv2", f"20bn-{SSV2}/9.webm", None, "1 of 2 val videos .*such as .*v2/9"),
     ("hmdb51", "hmdb51_org/sword/%.AVI", None, "1 of 2 train videos .*such as .*sword/%"),
     ("hmdb51", HMDB51_LIST, "a one", "split1.txt.*one"),
-    ("hmdb51", "testTrainMulti_7030_splits", None, rf"for \*_test_split1.txt, .* in {PLACES}"),
-    ("diving48", f"{DIVING}_vocab.json", "5", "vocab.json.*TypeError"),
+    ("hmdb51", "testTrainMulti_7030_splits", None, r"looked for \*_test_split1.txt"),
     ("diving48", f"{DIVING}_vocab.json", [["Back"]], "the class 2, none of the 1"),
 ]
 

@@ -3,7 +3,6 @@
 import collections
 import glob
 import io
-import itertools
 import os
 import pathlib
 from fractions import Fraction
@@ -29,14 +28,10 @@ from support.demo import write_video
 from support.video import VideoError, read_frames
 
 
-def count_frames(path):
-    return read_frames(path, [0]).count
-
-
 def test_frames_are_the_ones_asked_for(tmp_path):
     path = str(tmp_path / "a #1: [x].mp4")
     write_video(path, numbered_frames(100))
-    assert count_frames(path) == 100
+    assert read_frames(path, [0]).count == 100
     wanted = [99, 0, 7, 7, 50, 3]
     frames, numbers, count = read_frames(path, wanted)
     assert frames.shape == (6, 48, 64, 3) and frames.dtype == np.uint8
@@ -118,6 +113,7 @@ FILES = FAST | {
     "interlaced.mpg": coded("mpeg2video", bf="2", flags="+ildct+ilme"),
     "mpeg4.avi": coded("mpeg4", g="15"),
     "mpeg4-b.avi": coded("mpeg4", g="15", bf="2"),
+    "left-out.avi": coded("mpeg4", g="15") | {"pts": list(range(0, 120, 2))},  # of 119 frames
     "mpeg4-b.mp4": coded("mpeg4", g="15", bf="2"),
     "h263.3gp": coded("h263", g="15") | {"size": (144, 176)},
     "sorenson.flv": coded("flv", g="15"),
@@ -138,7 +134,7 @@ def assert_read_as_decoding_gives(path):
     """The same count and the same pixels, whichever frames are asked for."""
     want = decode_whole(path)
     rng = np.random.default_rng(0)
-    some = [rng.integers(0, len(want), n).tolist() for n in (1, 1, 3, 8, 16, 30)]
+    some = [rng.integers(0, len(want), n).tolist() for n in (1, 3, 16)]
     for numbers in (range(len(want)), *some, [len(want) - 1], [0]):
         got = read_frames(path, numbers)
         assert got.count == len(want)
@@ -166,7 +162,6 @@ def test_frames_are_bit_identical_to_decoding_the_whole_file(name, tmp_path, mon
     "name, number",
     [
         ("k400_demo.mp4", 280),
-        ("k400_clip2.mp4", 300),
         ("pancake.mkv", 310),
         ("two_video_streams.mp4", 390),
     ],
@@ -204,7 +199,6 @@ def test_all_eight_orientations_are_turned_upright(degrees, hflip, tmp_path):
         (6, True, 0.299, 0.114),
         (9, False, 0.2627, 0.0593),
         (1, True, 0.2126, 0.0722),
-        (10, False, 0.2627, 0.0593),
         (14, False, 0.299, 0.114),
         (2, False, 0.299, 0.114),
     ],
@@ -237,7 +231,7 @@ def test_side_data_that_pyav_has_no_name_for_is_passed_over():
             assert np.array_equal(image, frame.to_ndarray(format="rgb24"))
 
 
-@pytest.mark.parametrize("orientation", [1, 2, 6, 7])
+@pytest.mark.parametrize("orientation", [2, 6])
 def test_frames_with_exif_are_turned_upright(orientation, tmp_path):
     """Each then has a display matrix, and side data of a type that PyAV has no name for."""
     picture = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).repeat(8, 0).repeat(8, 1)
@@ -273,7 +267,7 @@ def test_little_is_decoded_for_a_few_frames_near_the_end(tmp_path, monkeypatch):
 def test_a_whole_file_is_decoded_once_if_packets_are_frames(tmp_path, monkeypatch):
     path = write_anything(str(tmp_path / "a.webm"), **FILES["vp9.webm"])
     passes, original = [], video.decode_all
-    monkeypatch.setattr(video, "decode_all", lambda path: passes.append(path) or original(path))
+    monkeypatch.setattr(video, "decode_all", lambda *args: passes.append(args) or original(*args))
     assert read_frames(path, lambda count: [count - 1]).numbers == [59]
     assert len(passes) == 1
 
@@ -404,28 +398,11 @@ def test_names_that_look_like_protocols_are_files(tmp_path, monkeypatch):
             read_frames(name, [0])
 
 
-def test_hostile_files_meet_limits(tmp_path, monkeypatch):
+def test_a_video_that_is_too_long_is_to_be_cut(tmp_path, monkeypatch):
     path = write_anything(str(tmp_path / "a.mp4"), **x264())
-    for limit, value, words in (
-        ("MAX_PACKETS", 40, "cut it into clips"),
-        ("MAX_BYTES", 40, "cut it into clips"),
-        ("MAX_PIXELS", 40, "frames of 64x48, which is more than 40 pixels"),
-        ("MAX_BYTES", os.path.getsize(path), "frames are too large"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(video, limit, value)
-            with pytest.raises(VideoError, match=words):
-                read_frames(path, [0] * 100)
-    with monkeypatch.context() as patch:
-        patch.setattr(video.time, "monotonic", itertools.count(0, 30).__next__)
-        with pytest.raises(VideoError, match="more than 120 seconds"):
-            read_frames(path, [59])
-
-
-def test_no_frame_is_no_clip(tmp_path):
-    path = write_anything(str(tmp_path / "a.mp4"), **x264())
-    with pytest.raises(VideoError, match="has 60 frames, and none is wanted"):
-        read_frames(path, [])
+    monkeypatch.setattr(video, "MAX_BYTES", 40)
+    with pytest.raises(VideoError, match="cut it into clips first"):
+        read_frames(path, [0])
 
 
 def resident():
@@ -437,9 +414,9 @@ def resident():
 
 def test_reading_does_not_leak(tmp_path):
     path = write_anything(str(tmp_path / "a.mp4"), **x264())
-    for i in range(300):
+    for i in range(200):
         read_frames(path, [i % 60])
-        if i == 99:
+        if i == 66:
             before = resident()
     assert resident() - before < 8
     assert len(os.listdir("/proc/self/fd")) < 200
@@ -454,51 +431,16 @@ def test_a_video_that_begins_before_its_first_key_frame(name, suffix, tmp_path):
     assert assert_read_as_decoding_gives(cut) < 60 - 5
 
 
-def test_an_avi_that_leaves_frames_out_is_whole(tmp_path):
-    coding = {"codec": "mpeg4", "codec_options": {"g": "12"}}
-    path = write_anything(str(tmp_path / "gaps.avi"), pts=list(range(0, 120, 2)), **coding)
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_a_file_with_far_fewer_frames_than_its_header_promises_breaks_off(codec, tmp_path):
+    how = {"codec_options": {"bf": "0", "g": "12"}, "options": {"movflags": "faststart"}}
+    path = write_anything(str(tmp_path / "a.mp4"), codec, **how)
     with av.open(path) as container:
-        assert container.streams.video[0].frames > 110
-    assert assert_read_as_decoding_gives(path) == 60
-
-
-# ---------------------------------------------------------------- MPEG-4 part 2 in AVI
-PLACEHOLDER = bytes.fromhex("000001b65000")  # a VOP that is not coded
-DIVX = bytes.fromhex("000001b2") + b"DivX503b1393p"  # B-frames are packed, says the encoder
-VOP = bytes.fromhex("000001b6")
-
-
-def write_packed(path, number, extra=0):
-    """An AVI as DivX wrote it: each P packet joined with its B packet, a placeholder behind.
-
-    Before the first VOP the DivX user data; the second packet, and `extra` at the end, are a byte.
-    """
-    like = write_anything(f"{path}.avi", "mpeg4", number, codec_options={"bf": "1", "g": "300"})
-    first, *others = [bytes(packet) for packet in packets_of(like)]
-    at = first.index(VOP)
-    contents = [first[:at] + DIVX + first[at:], b"\x7f"]
-    for i in range(0, len(others), 2):
-        contents += [b"".join(others[i : i + 2]), PLACEHOLDER]
-    packets = []
-    for i, content in enumerate(contents + extra * [b"\x7f"]):
-        packet = av.Packet(content)
-        packet.pts = packet.dts = i
-        packet.time_base, packet.is_keyframe = Fraction(1, 30), i == 0
-        packets.append(packet)
-    return mux(path, like, packets)
-
-
-def test_packed_b_frames_and_placeholders_are_read_exactly(tmp_path):
-    path = write_packed(str(tmp_path / "packed.avi"), 41)
-    sizes = [packet.size for packet in packets_of(path)]
-    assert sizes.count(1) == 1 and sizes.count(6) == 20
-    assert assert_read_as_decoding_gives(path) in (40, 41)
-
-
-def test_a_file_whose_header_promises_many_more_frames_breaks_off(tmp_path):
-    path = write_packed(str(tmp_path / "whole.avi"), 81, extra=8)
-    with pytest.raises(VideoError, match="breaks off: of the 90 frames that it promises 8"):
-        pixels(path, [0])
+        end = container.streams.video[0].index_entries[40].pos
+    os.truncate(path, end)
+    for choose in ([0], lambda count: [count - 1]):
+        with pytest.raises(VideoError, match="breaks off: of the 60 frames that it promises 40"):
+            read_frames(path, choose)
 
 
 @needs_shared
@@ -506,5 +448,5 @@ def test_the_avis_of_a_classic_benchmark_are_read_exactly():
     paths = sorted(glob.glob(f"{SHARED}/ut_interaction/videos/*.avi"))
     if not paths:
         pytest.skip("the AVIs are not in ../shared")
-    for path in paths if THOROUGH else paths[::24]:
+    for path in paths if THOROUGH else paths[::60]:
         assert_read_as_decoding_gives(path)

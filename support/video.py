@@ -3,13 +3,11 @@
 One rule: the frames of a video are those that decoding the whole file gives; a video in which that
 meets an error is refused. Either way it is the same whichever frames are asked for. The short way,
 which decodes only what the wanted frames need, is taken where the packets prove that it gives the
-same. Files come from anywhere, so sizes and times are limited, and whatever is wrong with one is a
-VideoError that names it.
+same. Whatever is wrong with a file is a VideoError that names it.
 """
 
 import contextlib
 import os
-import time
 from itertools import cycle, islice
 from typing import NamedTuple
 
@@ -20,11 +18,9 @@ from av.sidedata.sidedata import Type as SideDataType
 from support.processes import UserError
 
 # AVColorSpace: RGB, BT.709, not said, FCC, BT.601 (5 and 6), SMPTE 240M, BT.2020
-COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
-BT2020, BT2020_CONSTANT_LUMINANCE, NOT_SAID = 9, 10, 2
+COLOUR_MATRICES, NOT_SAID = (0, 1, 2, 4, 5, 6, 7, 9), 2
 
-# A clip for training is far below all of these.
-MAX_PACKETS, MAX_BYTES, MAX_PIXELS, MAX_SECONDS = 200_000, 1 << 30, 1 << 25, 120
+MAX_BYTES = 1 << 30  # of packets, which are all in memory; a clip for training is far below
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,live_flv,asf,ogg,mpegvideo,h264,"
     "hevc,gif,ivf,nut,dv,mxf,rm"
@@ -59,16 +55,16 @@ def read_frames(path, choose):
     with one_error(path):
         try:
             return read_some(path, choose)
-        except Doubt:
+        except (Doubt, av.FFmpegError):
             return read_whole(path, choose)
 
 
 def every_frame(path):
-    """Yield all frames of a video, (H, W, 3) uint8, one at a time, however long it takes."""
+    """Yield all frames of a video, (H, W, 3) uint8, one at a time."""
     reformatter = av.video.reformatter.VideoReformatter()
-    with one_error(path):
-        for frame in decode_all(path, seconds=float("inf")):
-            yield upright(rgb(frame, reformatter), frame)
+    with one_error(path), open_video(path) as (stream, packets):
+        for frame in decode_all(path, stream, packets):
+            yield upright_rgb(frame, reformatter)
 
 
 @contextlib.contextmanager
@@ -83,106 +79,82 @@ def one_error(path):
         raise VideoError(f"cannot read {path}: {reason}") from error
 
 
-def open_video(path):
-    """The container, with nothing but local files of known formats allowed."""
-    return av.open(
+@contextlib.contextmanager
+def open_video(path, **options):
+    """The best video stream, not blindly the first, and its packets in decoding order."""
+    with av.open(
         f"file:{path}",  # so that a name like http:… is a file, too
         metadata_errors="replace",
-        timeout=MAX_SECONDS,
-        options={"format_whitelist": FORMATS, "protocol_whitelist": "file"},
-    )
-
-
-def video_packets(container, path, **options):
-    """The best video stream, not blindly the first, and its packets in decoding order."""
-    stream = container.streams.best("video")
-    if stream is None or stream.codec_context is None:
-        raise VideoError(f"{path} has no video stream that can be decoded")
-    codec = stream.codec_context
-    codec.thread_type, codec.thread_count = "SLICE", 1  # worker processes are the parallelism
-    codec.options = {"max_pixels": str(MAX_PIXELS), **options}
-    if codec.width * codec.height > MAX_PIXELS:
-        raise VideoError(
-            f"{path} has frames of {codec.width}x{codec.height}, which is more than"
-            f" {MAX_PIXELS:,} pixels"
-        )
-    packets, size = [], 0
-    for packet in container.demux(stream):
-        if packet.has_sidedata("encryption_info"):
-            raise VideoError(f"{path} is encrypted: without its key it gives nothing but noise")
-        if packet.size > 0:
-            packets.append(packet)
-        size += packet.size
-        if len(packets) > MAX_PACKETS or size > MAX_BYTES:
-            raise VideoError(
-                f"{path} has more than {MAX_PACKETS:,} packets or {MAX_BYTES >> 20} MiB: cut it"
-                " into clips first"
-            )
-    return stream, packets
-
-
-def chosen(choose, count, path):
-    """The numbers of the wanted frames, each of which is there."""
-    numbers = [int(i) for i in (choose(count) if callable(choose) else choose)]
-    if not numbers:
-        raise VideoError(f"{path} has {count} frames, and none is wanted")
-    for i in numbers:
-        if not 0 <= i < count:
-            raise VideoError(f"{path} has {count} frames, so no frame {i}")
-    return numbers
+        options={"format_whitelist": FORMATS},  # none that opens other files
+    ) as container:
+        stream = container.streams.best("video")
+        if stream is None or stream.codec_context is None:
+            raise VideoError(f"{path} has no video stream that can be decoded")
+        codec = stream.codec_context
+        codec.thread_type, codec.thread_count = "SLICE", 1  # worker processes are the parallelism
+        codec.options = options
+        packets, size = [], 0
+        for packet in container.demux(stream):
+            if packet.has_sidedata("encryption_info"):
+                raise VideoError(f"{path} is encrypted: without its key it gives nothing but noise")
+            if packet.size > 0:
+                packets.append(packet)
+            size += packet.size
+            if size > MAX_BYTES:
+                raise VideoError(
+                    f"{path} has more than {MAX_BYTES >> 20} MiB: cut it into clips first"
+                )
+        yield stream, packets
 
 
 class Clip:
     """Converts the wanted ones of the frames that pass by."""
 
-    def __init__(self, wanted):
-        """wanted: their keys, in the order of the rows of `pixels`."""
-        self.rows, self.shape, self.pixels = {}, (len(wanted),), None
-        for row, key in enumerate(wanted):
-            self.rows.setdefault(key, []).append(row)
+    def __init__(self, choose, count):
+        """choose: as in read_frames; count: how many frames there are."""
+        self.numbers = [int(i) for i in (choose(count) if callable(choose) else choose)]
+        self.rows, self.pixels = {}, None  # rows: which of `pixels` a frame belongs into
+        for row, number in enumerate(self.numbers):
+            self.rows.setdefault(number, []).append(row)
         self.reformatter = av.video.reformatter.VideoReformatter()
 
-    def add(self, key, frame):
-        if key not in self.rows:
+    def add(self, number, frame):
+        if number not in self.rows:
             return
-        image = upright(rgb(frame, self.reformatter), frame)
+        image = upright_rgb(frame, self.reformatter)
         if self.pixels is None:
-            if self.shape[0] * image.nbytes > 4 * MAX_BYTES:
-                raise ValueError("its frames are too large")
-            self.pixels = np.empty((*self.shape, *image.shape), np.uint8)
-        self.pixels[self.rows.pop(key)] = image
+            self.pixels = np.empty((len(self.numbers), *image.shape), np.uint8)
+        self.pixels[self.rows.pop(number)] = image
 
 
 # ---------------------------------------------------------------- the long way
 def read_whole(path, choose, guess=None):
     """Decode everything, and once more if there are not as many frames as was guessed."""
-    if guess is None:
-        with open_video(path) as container:
-            guess = len(video_packets(container, path)[1])
-    numbers = [int(i) for i in (choose(guess) if callable(choose) else choose)]
-    clip, count = Clip(numbers), 0
-    for frame in decode_all(path):
-        clip.add(count, frame)
-        count += 1
+    with open_video(path) as (stream, packets):
+        guess = guess or len(packets)
+        clip, count = Clip(choose, guess), 0
+        for frame in decode_all(path, stream, packets):
+            clip.add(count, frame)
+            count += 1
     if callable(choose) and count != guess:
         return read_whole(path, choose, count)
-    return Frames(clip.pixels, chosen(numbers, count, path), count)
+    if clip.rows:
+        raise VideoError(f"{path} has {count} frames, so no frame {min(clip.rows)}")
+    return Frames(clip.pixels, clip.numbers, count)
 
 
-def decode_all(path, seconds=MAX_SECONDS):
+def decode_all(path, stream, packets):
     """Yield all frames, in order; an error if decoding reports one or the video breaks off."""
+    places_in_order(path, stream, packets)
     count, size = 0, None
-    with open_video(path) as container:
-        stream, packets = video_packets(container, path)
-        places_in_order(path, stream, packets)
-        for packet in within_time(path, [*packets, None], seconds):
-            for frame in stream.codec_context.decode(packet):
-                if size not in (None, (frame.width, frame.height)):
-                    raise ValueError("the size of its frames changes midway")
-                size = frame.width, frame.height
-                yield frame
-                count += 1
-        refuse_broken_off(path, stream, packets, count)
+    for packet in [*packets, None]:
+        for frame in stream.codec_context.decode(packet):
+            if size not in (None, (frame.width, frame.height)):
+                raise ValueError("the size of its frames changes midway")
+            size = frame.width, frame.height
+            yield frame
+            count += 1
+    refuse_broken_off(path, stream, packets, count)
     if count == 0:
         raise ValueError("none of its frames can be decoded")
 
@@ -211,28 +183,12 @@ def places_in_order(path, stream, packets):
     return [packet.pts for packet in parsed]
 
 
-def within_time(path, steps, seconds=MAX_SECONDS):
-    """The same steps; a VideoError once they have taken too long."""
-    end = time.monotonic() + seconds
-    for step in steps:
-        if time.monotonic() > end:
-            raise VideoError(
-                f"decoding {path} takes more than {seconds} seconds: cut it into clips first"
-            )
-        yield step
-
-
 def refuse_broken_off(path, stream, packets, count):
     """A VideoError if `count`, the frames that come, are far fewer than the header promises."""
     # MP4's header also counts frames that its edit list leaves out; the index does not.
     promised = min(stream.frames, len(stream.index_entries) or stream.frames)
     first_key = next((i for i, packet in enumerate(packets) if packet.is_keyframe), 0)
     promised -= first_key + sum(packet.is_discard for packet in packets[first_key:])
-    # An AVI may promise a frame and leave its packet out, to show the one before for longer.
-    if stream.duration and len(packets) > 1:
-        last = max(packet.dts or 0 for packet in packets)
-        end = last + last / (len(packets) - 1)
-        promised -= max(0, round(stream.frames * end / stream.duration) - len(packets))
     if promised > count + 3 and promised > 1.02 * count:
         raise VideoError(
             f"{path} breaks off: of the {promised} frames that it promises {count} can be decoded"
@@ -242,30 +198,25 @@ def refuse_broken_off(path, stream, packets, count):
 # ---------------------------------------------------------------- the short way
 def read_some(path, choose):
     """Decode what the wanted frames need; Doubt if that may differ from decoding everything."""
-    with open_video(path) as container:
-        stream, packets = video_packets(container, path, err_detect="explode")
+    with open_video(path, err_detect="explode") as (stream, packets):
         codec = stream.codec_context
         slices = [first_slice(packet, codec) for packet in packets]
-        prove_order(packets, places_in_order(path, stream, packets))
-        prove_references(slices)
+        prove(packets, places_in_order(path, stream, packets), slices)
         times = sorted(packet.pts for packet in packets if not packet.is_discard)
         refuse_broken_off(path, stream, packets, len(times))
-        numbers = chosen(choose, len(times), path)
-        clip = Clip([times[i] for i in numbers])
-        for packet in within_time(path, needed_packets(packets, slices, set(clip.rows))):
-            try:
-                frames = codec.decode(packet)
-            except av.FFmpegError as error:
-                raise Doubt("an error") from error
-            for frame in frames:
+        number_at = {time: number for number, time in enumerate(times)}
+        clip = Clip(choose, len(times))
+        targets = {time for time in times if number_at[time] in clip.rows}
+        for packet in needed_packets(packets, slices, targets):
+            for frame in codec.decode(packet):
                 if frame.is_corrupt:
                     raise Doubt("a damaged frame")
-                clip.add(frame.pts, frame)
+                clip.add(number_at.get(frame.pts), frame)
             if packet is None:
                 codec.flush_buffers()
         if clip.rows:
             raise Doubt("a frame does not come")
-        return Frames(clip.pixels, numbers, len(times))
+        return Frames(clip.pixels, clip.numbers, len(times))
 
 
 def first_slice(packet, codec):
@@ -289,19 +240,17 @@ def first_slice(packet, codec):
     return first
 
 
-def prove_order(packets, places):
-    """Doubt unless each packet is a frame, and they are shown in the order of their times."""
+def prove(packets, places, slices):
+    """Doubt unless packets tell what is shown when, and no reference picture is missing.
+
+    That is: each packet is a frame, they are shown in the order of their times, and frame_num goes
+    up by one behind each reference. Only then (7.4.3) does a decoder not notice if pictures that no
+    other refers to are left out.
+    """
     place_at = {packet.pts: place for packet, place in zip(packets, places, strict=False)}
     places = [place_at[time] for time in sorted(place_at)]
     if len(places) < len(packets) or None in places or (np.diff(places) != 1).any():
         raise Doubt("not one frame a packet, or not in the order of times")
-
-
-def prove_references(slices):
-    """Doubt unless frame_num goes up by one behind each reference, so that none is missing.
-
-    Only then (7.4.3) does a decoder not notice if pictures that no other refers to are left out.
-    """
     starts, expected = [], None
     for unit in slices:
         content = unit[1:].replace(b"\0\0\3", b"\0\0")
@@ -340,17 +289,6 @@ def needed_packets(packets, slices, targets):
 
 
 # ---------------------------------------------------------------- pictures
-def rgb(frame, reformatter):
-    """A decoded frame → (H, W, 3) uint8, a view of the converted frame's own memory."""
-    if frame.colorspace not in COLOUR_MATRICES:  # the scaler refuses rare and reserved tags
-        constant_luminance = frame.colorspace == BT2020_CONSTANT_LUMINANCE
-        frame.colorspace = BT2020 if constant_luminance else NOT_SAID
-    frame = reformatter.reformat(frame, format="rgb24", threads=1)
-    plane = frame.planes[0]
-    rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
-    return rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
-
-
 def unnamed_side_data(cls, value):
     """A name for a type that PyAV 18.1 has none for; without it, it raises at such a frame."""
     side = object.__new__(cls)
@@ -361,8 +299,17 @@ def unnamed_side_data(cls, value):
 SideDataType._missing_ = classmethod(unnamed_side_data)
 
 
-def upright(image, frame):
-    """Apply the display matrix: a transposition and flips (`frame.rotation` drops the flips)."""
+def upright_rgb(frame, reformatter):
+    """A decoded frame → (H, W, 3) uint8, a view of the converted frame's own memory.
+
+    The display matrix is a transposition and flips (`frame.rotation` drops the flips).
+    """
+    if frame.colorspace not in COLOUR_MATRICES:  # the scaler refuses rare and reserved tags
+        frame.colorspace = NOT_SAID
+    converted = reformatter.reformat(frame, format="rgb24", threads=1)
+    plane = converted.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
+    image = rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
     for side in frame.side_data:
         if side.type.name != "DISPLAYMATRIX":
             continue

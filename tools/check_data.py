@@ -15,7 +15,7 @@ import torch
 
 from data import clip_frames, training_transform
 from evaluate import DATA_OPTIONS
-from support.datasets import SPLITS, empty_classes, find_videos
+from support.datasets import find_videos
 from support.options import add_options, positive_int
 from support.processes import in_parallel, one_sentence
 from support.video import VideoError, read_frames
@@ -43,9 +43,8 @@ def problems(args, videos, paths):
     """Yield (problem, video or class) of each problem; in the end, print the speed."""
     for split, path in videos.missing:
         yield f"missing {split} video", path
-    for split in SPLITS:
-        for name in empty_classes(args.data, videos, split):
-            yield f"no {split} video", name
+    for split, name in videos.empty:
+        yield f"no {split} video", name
     clip = {"num_frames": args.frames, "sampling": args.sampling, "stride": STRIDE}
     enough = args.frames if args.sampling == "uniform" else (args.frames - 1) * STRIDE + 1
     job = partial(try_video, partial(clip_frames, position=0.5, **clip))

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import resize
 from conftest import HERE, SHARED, needs_shared, pixels, start, video_of, write_anything, x264
 from support.datasets import digest, find_videos
 from support.test_datasets import benchmark
-from support.video import open_video, read_frames
+from support.video import read_frames
 from tools import copy_data
 
 
@@ -46,7 +46,7 @@ def test_a_copy_has_the_sources_frames_in_their_order(name, tmp_path):
     a, b = pixels(source, range(60)).astype(int), pixels(copy, range(60)).astype(int)
     nearest = [abs(a - frame).mean((1, 2, 3)).argmin() for frame in b]
     assert nearest == list(range(60))
-    with open_video(copy) as container:
+    with av.open(copy) as container:
         keys = [p.is_keyframe for p in container.demux(video=0) if p.size]
     assert all(any(keys[i : i + 12]) for i in range(60 - 12))
 
