@@ -1,7 +1,7 @@
 """What the methods cost: counted, and measured next to the plain frozen image model.
 
     python -m tools.cost --count                                        # needs no weights, no GPU
-    python -m tools.cost --batch 32 --backbone ViT-B-16-quickgelu --method dualpath --json cost.json
+    python -m tools.cost --batch 32 --backbone ViT-B-16-quickgelu --method dualpath
 
 --count gives images, parameters and multiply-accumulates of a clip, for 400 classes. Else seconds
 and memory on the device at hand are measured. The plain model (the library's own, never compiled)
@@ -13,7 +13,6 @@ comes to.
 """
 
 import argparse
-import json
 from functools import partial
 from statistics import median
 
@@ -153,7 +152,6 @@ def parse(argv):
     add("--count", action="store_true", help="count only, measure nothing")
     add("--backbone", nargs="+", default=backbones, metavar="NAME", help="(%(default)s)")
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
-    add("--json", metavar="FILE", help="write the table to a file, too")
     add("--batch", type=positive_int, default=1, metavar="N", help="clips per step (%(default)s)")
     add("--rounds", type=positive_int, default=5, metavar="N", help="of turns (%(default)s)")
     add("--compile", action="store_true", help="as in train.py")
@@ -169,8 +167,6 @@ def main(argv=None):
         machine = f"{torch.get_num_threads()} CPU threads"
         if device.type == "cuda":
             machine = torch.cuda.get_device_name()
-        result = vars(args) | {"torch": torch.__version__, "device": machine, "type": str(dtype)}
-        result["rows"] = []
         for backbone in args.backbone:
             counted = counted_rows(backbone, args.method)
             print(f"{backbone}:")
@@ -178,12 +174,7 @@ def main(argv=None):
                 plain = load_plain_model(backbone, None).to(device, dtype).requires_grad_(False)
                 tflops = measure(counted, plain, args, device, dtype)
                 print(f"{args.batch} clips, {dtype}, {machine}; a product has {tflops:.3g} TFLOP/s")
-            rows = [row for _, row in counted]
-            print(*table(rows), "", sep="\n")
-            result["rows"] += [{"backbone": backbone} | row for row in rows]
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump(result, file, indent=1)
+            print(*table([row for _, row in counted]), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,32 @@
 """The counts, and that the benchmark measures what it says, next to the plain model."""
 
-import json
-
 import pytest
 import torch
 
 from adapters import METHODS
 from tools import cost
+from tools.report import table
 
 
-def costs(path, *words):
-    """The rows of the table, from its file."""
-    cost.main([*words, "--json", str(path)])
-    with open(path) as file:
-        return json.load(file)["rows"]
+@pytest.fixture
+def costs(monkeypatch):
+    """Runs the script; the rows of the table that it prints."""
+    rows = []
+
+    def seen(found):
+        rows.extend(found)
+        return table(found)
+
+    def run(*words):
+        cost.main(words)
+        return rows
+
+    monkeypatch.setattr(cost, "table", seen)
+    return run
 
 
-def test_every_method_is_counted(tmp_path):
-    found = costs(tmp_path / "a.json", "--count", "--backbone", "tiny")
+def test_every_method_is_counted(costs):
+    found = costs("--count", "--backbone", "tiny")
     assert [row["images"] for row in found if row["method"] == "aim"] == [8, 16, 32]
     rows = {row["method"]: row for row in found}
     assert rows.keys() > METHODS.keys() and rows["full"]["T"] == rows["full"]["images"] == 8
@@ -28,7 +37,7 @@ def test_every_method_is_counted(tmp_path):
         cost.main(["--count", "--backbone", "swin_t", "--method", "aim"])
 
 
-def test_columns_hold_medians_and_medians_of_ratios(tmp_path, monkeypatch):
+def test_columns_hold_medians_and_medians_of_ratios(costs, monkeypatch):
     seconds = {
         "forward": [2.0, 4.0, 9.0],
         "train": [8.0, 8.0, 8.0],
@@ -42,16 +51,16 @@ def test_columns_hold_medians_and_medians_of_ratios(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cost, "take_turns", take_turns)
     words = ["--backbone", "tiny", "--batch", "2", "--method", "linear", "adaptformer", "full"]
-    for row, forwards in zip(costs(tmp_path / "a.json", *words), (1, 2, 3), strict=True):
+    for row, forwards in zip(costs(*words), (1, 2, 3), strict=True):
         assert row["forward/s"] == 0.5 and row["forward ÷ plain"] == 2  # of 2, 1 and 3
         assert row["train/s"] == 0.25 and row["train ÷ plain"] == 1
         rate, macs = 2048**3 / 0.5, forwards * row["GMACs/view"] * 1e9 * 2
         assert row["MFU"] == pytest.approx(macs / 8 / rate)
 
 
-def test_the_benchmark_measures_next_to_the_plain_model(tmp_path, capsys):
+def test_the_benchmark_measures_next_to_the_plain_model(costs, capsys):
     words = ["--backbone", "tiny", "--rounds", "1", "--method", "dualpath", "linear"]
-    rows = costs(tmp_path / "a.json", *words)
+    rows = costs(*words)
     out = capsys.readouterr().out
     assert [(row["T"], row["images"]) for row in rows[:3]] == [(16, 9), (32, 10), (48, 11)]
     assert rows[4]["method"] == "linear"
