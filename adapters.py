@@ -45,10 +45,7 @@ def MHA(block, x):
 def project(block, x):
     """The frozen q, k and v, for methods that change them: (images, L, d) → (images, L, 3d)."""
     if not hasattr(block, "attention"):
-        raise UserError(
-            "this method changes the projection to q, k and v, which the blocks of this backbone"
-            " do in a way of their own: take another backbone"
-        )
+        raise UserError("this backbone's blocks project to q, k and v in a way of their own")
     return F.linear(x, block.attn.in_proj_weight, block.attn.in_proj_bias)
 
 
@@ -157,7 +154,7 @@ class FrameBlock(nn.Module):
     needs more than a block of its own asks for it here.
     """
 
-    looks_across_frames = False  # for tests: does the order of frames change the model's output?
+    looks_across_frames = False  # for tests: does the order of frames change the output?
     pools_tokens = False  # are the frames' tokens averaged, rather than their features?
     temporal_embedding = False  # a trained vector for each frame is added to its tokens
     needs_class_token = False  # are image models without one refused?

@@ -74,9 +74,10 @@ def predict(model, test_views, device, dtype=None, batch=16, workers=0):
             logits = model(pixels.flatten(0, 1))  # (B · views, classes)
         scores = logits.float().softmax(-1).unflatten(0, pixels.shape[:2]).mean(1)  # (B, classes)
         ids = [(video.index, video.label) for video in readable]  # not their pixels
-        on_device.append((ids, *scores.topk(min(5, scores.shape[1]))))
-    for ids, scores, classes in on_device:  # copied only now: each copy waits for the device
-        for (index, label), s, c in zip(ids, scores.tolist(), classes.tolist()):
+        top, classes = scores.topk(min(5, scores.shape[1]))
+        on_device.append((ids, top, classes))
+    for ids, top, classes in on_device:  # copied only now: each copy waits for the device
+        for (index, label), s, c in zip(ids, top.tolist(), classes.tolist()):
             predictions.append(Prediction(index, label, c, s, None))
     return sorted(gather(predictions))
 
@@ -146,7 +147,7 @@ def main(argv=None):
         dtype = autocast_type(args.amp, device)
         where = (args.checkpoint, args.backbone, args.pretrained)
         model, content = rank_zero_first(lambda: load_checkpoint(*where))
-        settings = content["run"]
+        settings = content["run"]  # train.py's options, class names and digests of lists
         prepare(model.to(device), dtype, args.compile)
         args.views = args.views or tuple(settings["views"])
         if args.video:
@@ -183,10 +184,7 @@ def find_test_set(args, settings):
         args.root = settings["root"]
     videos = find_videos(args.data, args.root, args.split, whole=("val",))
     if videos.classes != settings["classes"]:
-        raise UserError(
-            f"the classes of {args.data} ({len(videos.classes)}) are not the"
-            f" {len(settings['classes'])} that the checkpoint knows"
-        )
+        raise UserError(f"the classes of {args.data} are not those that the checkpoint knows")
     if same and settings.get("val_digest") not in (None, digest(videos.val)):
         say("note: the training had other validation videos; it may have seen some of these")
     return videos

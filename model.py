@@ -119,7 +119,7 @@ class ViT(ImageModel):
 
     def patches(self, images):
         """(N, 3, H, W), values 0…255 → patch embeddings (N, P, d), no positions yet."""
-        images = (images - self.mean) / self.std
+        images = (images - self.mean) / self.std  # both in units of 0…255
         h, w = self.patch_size
         pixels = images.unflatten(3, (-1, w)).unflatten(2, (-1, h))  # (N, 3, down, h, across, w)
         pixels = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, P, 3·h·w)
@@ -133,7 +133,7 @@ class ViT(ImageModel):
         """
         class_tokens = class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([class_tokens, patches], dim=1)
-        return self.ln_pre(add_positions(x, position))
+        return self.ln_pre(add_positions(x, position))  # in x's type, as open_clip's LayerNorms
 
     def feature(self, x):
         """The class token behind the last block, projected: (N, 1 + P, d) → (N, d_out)."""
@@ -211,7 +211,7 @@ class DualPath(nn.Module):
         else:
             z = x[:0]
         for block, adapters in zip(visual.blocks, self.blocks):
-            x, z = adapters(block, x, z)  # (B·T_s, L, d), (B·T_G, L, d)
+            x, z = adapters(block, x, z)  # the frozen block, adapted: (B·T_s, L, d), (B·T_G, L, d)
 
         B, y_sp, y_tp = video.shape[0], None, None
         if self.spatial:
@@ -228,7 +228,7 @@ class FrameModel(nn.Module):
     What the method needs besides a block of its own is in the flags of its class (adapters.py).
     """
 
-    spatial, temporal = True, False  # which paths the model has
+    spatial = True  # as a DualPath's
 
     def __init__(self, visual, config):
         super().__init__()
@@ -237,8 +237,7 @@ class FrameModel(nn.Module):
         self.images_per_clip = config.spatial_frames
         if self.method.needs_class_token and visual.class_embedding is None:
             raise UserError(
-                f"{config.method} needs a class token, and {config.backbone!r} has none: it takes"
-                " ViTs that have one, such as ViT-B-16-quickgelu"
+                f"{config.method} needs a class token, and {config.backbone!r} has none"
             )
         self.visual = visual
         for name, p in visual.named_parameters():
@@ -367,7 +366,7 @@ def fold_quick_gelu(model):
     for block in model.visual.blocks if model.config.pretrained else []:
         mlp = getattr(block, "mlp", None)  # Swin's patch merging has none
         quick = isinstance(getattr(mlp, "gelu", None), QuickGELU) and not hasattr(mlp, "ln")
-        if quick and not mlp.c_fc.weight.requires_grad:
+        if quick and not any(p.requires_grad for p in mlp.parameters()):
             mlp.c_fc.weight.mul_(1.702)
             mlp.c_fc.bias.mul_(1.702)
             mlp.c_proj.weight.div_(1.702)
@@ -394,6 +393,6 @@ def load_checkpoint(path, backbone=None, pretrained=None):
     elif was is not None:
         config.pretrained = pretrained or was
     model = build_model(config)
-    model.config.pretrained = was  # for saved_weights
+    model.config.pretrained = was  # for saved_weights and prepare
     load_weights(model, content, path)
     return model.eval(), content

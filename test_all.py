@@ -692,7 +692,7 @@ def test_train_then_evaluate(micro, tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dualpath", "linear", "full")])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dualpath", "linear")])
 def test_every_method_trains_and_is_evaluated(method, micro_run, tmp_path, capsys):
     out = str(tmp_path / "run")
     options = ["--method", method] + ["--before", "both"] * (method == "st_adapter")
@@ -733,19 +733,19 @@ def test_global_batches_do_not_depend_on_the_number_of_processes():
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "linear"])
 def test_no_weight_decay_on_biases_norms_tokens_and_positions(method):
     model = tiny(method=method)
-    decayed, spared = train.parameter_groups(model, 0.05)
-    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
-    assert len(spared["params"]) + len(decayed["params"]) == sum(
+    decayed, others = train.parameter_groups(model, 0.05)
+    assert decayed["weight_decay"] == 0.05 and others["weight_decay"] == 0
+    assert len(others["params"]) + len(decayed["params"]) == sum(
         p.requires_grad for p in model.parameters()
     )
     names = {id(p): name for name, p in model.named_parameters()}
     assert all(names[id(p)].endswith(("weight", "proj")) for p in decayed["params"])
-    spared = {names[id(p)] for p in spared["params"]}
-    assert all(name.endswith(("bias", "embedding")) or "ln_" in name for name in spared)
+    undecayed = {names[id(p)] for p in others["params"]}
+    assert all(name.endswith(("bias", "embedding")) or "ln_" in name for name in undecayed)
     tokens = {"vpt": {"blocks.0.prompt_embedding"}, "aim": {"temporal_embedding"}}
-    assert tokens.get(method, set()) <= spared
+    assert tokens.get(method, set()) <= undecayed
     if method in ("dualpath", "full"):
-        assert {"visual.class_embedding", "visual.positional_embedding"} <= spared
+        assert {"visual.class_embedding", "visual.positional_embedding"} <= undecayed
 
 
 # ---------------------------------------------------------------- evaluate.py

@@ -193,6 +193,10 @@ def parse(argv=None):
     ]
     if args.sampling == "uniform" and any(strides):
         parser.error("strides are for --sampling dense; uniform takes one frame from each segment")
+    if args.resume and args.overwrite:
+        parser.error("--resume continues the run that --overwrite deletes: give one of them")
+    if args.warmup > args.epochs:
+        parser.error(f"--epochs {args.epochs} end before the learning rate is up: lower --warmup")
     if args.pretrained == "none":
         args.pretrained = None
     args.stride = tuple(args.stride)
@@ -249,7 +253,7 @@ def train(args, device):
         for name, part in states.items():
             part.load_state_dict(resumed["training"][name])
 
-    def checkpoint():
+    def checkpoint():  # for run, below
         """What last.pt holds; best.pt has all but the training."""
         return {
             "model": dataclasses.asdict(model.config),
@@ -282,7 +286,7 @@ def train(args, device):
         net.train()
         with on_signals(run.signals.append):  # before_step answers them
             for video, label, unreadable in bar:
-                run.before_step(unreadable)
+                run.before_step(unreadable)  # may write last.pt, as of the steps before this one
                 seed = hash((args.seed, epoch * steps_per_epoch + run.step, rank()))
                 torch.manual_seed(seed)  # for dropout; Python salts the hashes of strings only
                 step_loss = torch.zeros((), device=device)
@@ -296,6 +300,7 @@ def train(args, device):
                     sync = net.no_sync() if more_to_come else contextlib.nullcontext()
                     with sync, torch.autocast(device.type, dtype, enabled=dtype is not None):
                         logits = net(video_part).float()  # (b, classes)
+                        # The mean over this process's clips; DDP's is over processes.
                         loss = F.cross_entropy(logits, label_part, reduction="sum") / len(video)
                     scaler.scale(loss).backward()
                     step_loss += loss.detach()
@@ -338,7 +343,8 @@ def new_model(args, settings, resumed):
             f" {settings['train_videos']}, and a multiple of that of processes, {world_size()}"
         )
     if resumed:
-        check_continues(resumed["run"], settings)
+        # Options that are younger than the checkpoint had their defaults.
+        check_continues(vars(Config()) | resumed["run"], settings)
     torch.manual_seed(args.seed)
     chosen = {name: getattr(args, name) for name in MODEL_OPTIONS}
     model = build_model(Config(len(settings["classes"]), **chosen))

@@ -240,7 +240,9 @@ def interface_of(plain, name):
     if isinstance(plain, models.SwinTransformer):
         return Swin
     if is_timm_vit and trunk.global_pool == "map" and trunk.num_prefix_tokens == 0:
-        return SigLIP
+        others = (trunk.norm_pre, trunk.fc_norm, trunk.blocks[0].ls1)  # which SigLIP does without
+        if all(isinstance(part, nn.Identity) for part in others):
+            return SigLIP
     if is_vit and plain.attn_pool is None and plain.pool_type == "tok":
         return None
     raise UserError(

@@ -5,6 +5,7 @@ only full-size frames tell the texture; the order of frames alone tells the moti
 """
 
 import os
+import shutil
 from functools import partial
 
 import av
@@ -89,12 +90,15 @@ def draw_data(root, numbers, draw=draw_moving, classes=MOVING_CLASSES):
     numbers: of training and validation videos. draw(seed, *class) → frames.
     """
     for split, number in zip(("train", "val"), numbers):
-        folder = f"{root}/{split}"
+        folder, temporary = f"{root}/{split}", f"{root}/{split}.{os.getpid()}.tmp"
         if not os.path.isdir(folder):
-            job = partial(draw_file, f"{folder}.tmp", split == "val", draw, classes)
+            job = partial(draw_file, temporary, split == "val", draw, classes)
             for _ in in_parallel(job, range(number), f"drawing {folder}"):
                 pass
-            os.rename(f"{folder}.tmp", folder)
+            if os.path.isdir(folder):  # another run was faster
+                shutil.rmtree(temporary)
+            else:
+                os.rename(temporary, folder)
 
 
 def draw_file(folder, is_val, draw, classes, i):

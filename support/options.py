@@ -51,4 +51,4 @@ fraction = partial(number, kind=float, least=0, most=1)
 def views(text):
     """'3x1' → (3 clips, 1 crop)."""
     clips, crops = text.split("x")
-    return int(clips), int(crops)
+    return positive_int(clips), positive_int(crops)

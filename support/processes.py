@@ -48,9 +48,7 @@ def autocast_type(name, device):
     if name in ("auto", "off"):
         return None
     if device.type != "cuda" and (device.type, name) != ("cpu", "bf16"):
-        raise UserError(
-            f"--amp {name} needs a CUDA GPU, and the device is {device.type}: leave it out"
-        )
+        raise UserError(f"--amp {name} needs a CUDA GPU, and the device is {device.type}")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -61,7 +59,8 @@ def one_sentence(script):
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     try:
-        yield
+        with on_signals(sys.exit):
+            yield
     except SystemExit as stop:
         if isinstance(stop.code, str):
             raise SystemExit(f"{script}: {stop.code}") from None
@@ -84,6 +83,8 @@ def explain(error):
         if lines[0].startswith("Caught "):  # raised in a process that reads videos: its traceback
             return lines[-1].partition(": ")[2]
         return lines[0]
+    if isinstance(error, ModuleNotFoundError):
+        return f"{lines[0]}: pip install -r tools/requirements.txt"
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in lines[0]:
         return f"{lines[0]} (if memory, or a container's shared memory, ran out: fewer --workers)"
     return None
@@ -92,7 +93,7 @@ def explain(error):
 @contextlib.contextmanager
 def processes(script, device_name="auto"):
     """The device of this process, in a process group exactly if torchrun started us."""
-    with one_sentence(script), on_signals(sys.exit):
+    with one_sentence(script):
         device = choose_device(device_name)
         if "WORLD_SIZE" in os.environ:
             # Gradients go by NCCL where there are GPUs, what processes tell each other by gloo.

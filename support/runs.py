@@ -126,12 +126,17 @@ def find_run(folder, resume, overwrite):
     last = f"{folder}/last.pt"
     if resume and os.path.exists(last):
         return read_checkpoint(last)
-    if not overwrite and any(os.path.exists(f"{folder}/{name}.pt") for name in ("last", "best")):
+    if run_files(folder) and not overwrite:
         raise UserError(
-            f"{folder} holds a run already: --resume continues its last.pt, --overwrite deletes it,"
-            " --out DIR goes elsewhere"
+            f"{folder} holds a run already: --resume continues from a last.pt, --overwrite deletes"
+            " all of it, --out DIR goes elsewhere"
         )
     return None
+
+
+def run_files(folder):
+    paths = [glob.glob(f"{glob.escape(folder)}/{name}") for name in RUN_FILES]
+    return [path for found in paths for path in found]
 
 
 def check_continues(was, settings):
@@ -187,9 +192,8 @@ class Run:
         say(f"writes    {self.folder}{done}")
         if rank() == 0:
             os.makedirs(self.folder, exist_ok=True)
-            for name in [] if resumed else RUN_FILES:
-                for path in glob.glob(f"{glob.escape(self.folder)}/{name}"):
-                    os.remove(path)
+            for path in [] if resumed else run_files(self.folder):
+                os.remove(path)
         self.save()  # if this cannot be written, better to know it now
 
     def before_step(self, unreadable):
@@ -200,21 +204,21 @@ class Run:
         due = time.monotonic() > self.saved + 60 * self.save_every
         states = gather([(due, self.signals)])
         signals = sum((signals for _, signals in states), [])
-        if signals or states[0][0]:
+        if signals or states[0][0]:  # by the first process's clock
             self.save()
         if signals:
             raise SystemExit(signals[0])
         self.messages += unreadable
 
     def after_step(self, loss):
-        """loss: this process's part of it, on the device, which is not waited for."""
+        """loss: the mean over this process's clips, on the device, which is not waited for."""
         self.losses.append(loss)
         self.step += 1
 
     def save(self):
         """Write last.pt and log.jsonl, unless losses, weights or videos are too bad."""
         values = torch.stack(self.losses).tolist() if self.losses else []
-        for losses in zip(*gather([values])):
+        for losses in zip(*gather([values])):  # of one step, in all processes
             self.loss_sum += sum(losses) / world_size()
         messages = gather(self.messages)
         if messages:

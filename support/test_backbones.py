@@ -27,7 +27,7 @@ from conftest import (
     tiny,
     vit_folder,
 )
-from model import Config, ViT, build_model, load_checkpoint, options_of
+from model import Config, ViT, build_model, load_checkpoint, options_of, prepare
 from support.backbones import NO_TEXT, SWINS, SigLIP, Swin, load_plain_model
 from support.processes import UserError
 from support.runs import count_parameters, read_checkpoint
@@ -171,7 +171,7 @@ def test_any_part_of_an_image_model_can_be_trained(kind, part, backbone, monkeyp
     name = backbone(kind)
     plain = randomise(load_plain_model(name, None)).eval()
     config = Config(method="partial", backbone=name, frames=16, spatial_frames=4)
-    model = build_model(config, plain)  # whose parameters are the plain module's
+    model = prepare(build_model(config, plain))  # whose parameters are the plain module's
     video, label = random_video(2, 16, model.visual.image_size[0]), torch.tensor([3, 1])
     trained = [p for p in model.visual.parameters() if p.requires_grad]
     assert 0 < len(trained) < len(list(model.visual.parameters()))
@@ -267,7 +267,7 @@ def test_a_refused_size_comes_with_one_that_works(options, words):
 @pytest.mark.parametrize("method", ["vpt", "protuning", "st_adapter", "aim"])
 def test_methods_that_need_a_class_token_say_so(method, mini):
     for kind in ("swin", "siglip"):
-        with pytest.raises(UserError, match=f"{method} needs a class token, .*ViT-B-16-quickgelu"):
+        with pytest.raises(UserError, match=f"{method} needs a class token, .* has none"):
             mini(kind, method=method)
 
 

@@ -1,6 +1,7 @@
 """The drawn videos ask for what the demo is about."""
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -64,6 +65,12 @@ def stop_midway(*args):
     raise RuntimeError("stopped midway")
 
 
+def draw_beside(folder, *args):
+    """As if another run had drawn the folder meanwhile."""
+    os.makedirs(folder, exist_ok=True)
+    return draw_moving(*args)
+
+
 def files_under(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -81,3 +88,5 @@ def test_drawing_is_deterministic_and_whole_or_absent(tmp_path):
     assert not os.path.exists(tmp_path / "c" / "train")
     draw_data(str(tmp_path / "c"), (16, 8))
     assert files_under(tmp_path / "c") == files
+    draw_data(str(tmp_path / "d"), (1, 1), partial(draw_beside, str(tmp_path / "d" / "train")))
+    assert os.listdir(tmp_path / "d" / "train") == [] and len(os.listdir(tmp_path / "d")) == 2

@@ -35,8 +35,9 @@ TRAINING = {
     "--batch 99": "--batch 99 must be at most the number of training clips, 16, and a multiple",
     # the run's folder, and files
     "--out text.mp4": "text.mp4",
-    "--out run": "run holds a run already: --resume continues its last.pt, --overwrite deletes",
+    "--out run": "run holds a run already: --resume continues from a last.pt, --overwrite de",
     "--out run --resume --lr 1": "run holds another run: .*--lr was 0.001",
+    "--out run --resume --overwrite": "--resume continues the run that --overwrite deletes",
     "--init text.mp4": "text.mp4 is not a checkpoint of this project, or is damaged",
     "--init run/best.pt --method aim": "run/best.pt, of dualpath .* does not fit this aim",
     # the model
@@ -48,9 +49,11 @@ TRAINING = {
     "--backbone ViT-B-16 --pretrained opnai": "'opnai' is neither a file nor weights",
     # the optimisation
     "--sampling uniform --stride 2": "strides are for --sampling dense; uniform takes one frame",
+    "--warmup 3": "--epochs 2 end before the learning rate is up: lower --warmup",
     "--amp fp16": "--amp fp16 needs a CUDA GPU",
     # values
     "--bottleneck 0": "argument --bottleneck: '0' is not a whole number of at least 1",
+    "--views 0x1": "argument --views: '0' is not a whole number of at least 1",
     "--lr -1": "argument --lr: '-1' is not a number of at least 0",
 }
 EVALUATION = {

@@ -209,3 +209,12 @@ def test_work_in_parallel_is_in_order_and_is_called_off(tmp_path):
         assert there < 70
         time.sleep(0.5)
         assert len(os.listdir(tmp_path)) == there  # nothing is still being written
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_any_script_with_a_sentence(number, capsys):
+    with pytest.raises(SystemExit) as stop, processes.one_sentence("check_data.py"):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    assert stop.value.code == 128 + number
+    assert capsys.readouterr().out == "check_data.py: stopped by a signal\n"

@@ -239,11 +239,22 @@ def test_a_run_cut_at_any_write_ends_the_same(precision, run, tmp_path, monkeypa
     for number in itertools.count(1) if THOROUGH else some:
         shutil.rmtree(parts, ignore_errors=True)
         if survives(run + ["--out", parts], number, monkeypatch):
+            assert THOROUGH and number > 12
             break
         capsys.readouterr()
         train.main(run + ["--out", parts, "--resume"])
         assert some.get(number, "") in capsys.readouterr().out
         assert_same_run(whole, parts)
+
+
+def test_pretrained_weights_are_prepared_again_for_the_rest(micro, tmp_path, monkeypatch):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    run = [*SMALL, "--root", micro, "--limit", "8", "--device", "cpu", "--out"]
+    train.main([*run, whole])
+    assert not survives([*run, parts], 4, monkeypatch)  # in the second epoch
+    train.main([*run, parts, "--resume"])
+    assert_same_run(whole, parts)
+    assert not any("c_fc" in name for name in read_checkpoint(f"{whole}/last.pt")["weights"])
 
 
 def train_in_a_session(argv):
@@ -322,9 +333,7 @@ def test_a_run_is_not_overwritten_by_accident(micro_run, tmp_path, capsys):
     train.main(run + ["--resume"])
     line = r"epoch   1   loss 2\.\d{3}   top-1 \d+\.\d\d%   top-5 .*clips/s .* 0 \+ 0\nbest "
     assert re.search(line, capsys.readouterr().out)
-    ends(
-        run, "run holds a run already: --resume continues its last.pt, --overwrite deletes it, --o"
-    )
+    ends(run, "run holds a run already: --resume continues from a last.pt, --overwrite deletes al")
     mine = [f"{out}/{name}" for name in ("mine.txt", "log.txt", "best.mp4", "last.png")]
     for name in mine:
         open(name, "w").close()
@@ -334,8 +343,10 @@ def test_a_run_is_not_overwritten_by_accident(micro_run, tmp_path, capsys):
     train.main(run + ["--overwrite", "--seed", "1"])
     assert all(map(os.path.exists, mine)) and not os.path.exists(result)
     assert len(lines(out)) == 1 and read_checkpoint(last)["run"]["seed"] == 1
-    os.remove(last)
-    ends(run + ["--resume"], "holds a run already")  # there is a best.pt
+    for name in ("last.pt", "best.pt"):
+        os.remove(f"{out}/{name}")
+        ends(run + ["--resume"], "holds a run already")  # there is a log, too
+    assert len(lines(out)) == 1
 
 
 def test_what_differs_from_the_run_is_named(micro_run, micro, tmp_path):

@@ -113,6 +113,8 @@ class Clip:
     def __init__(self, choose, count):
         """choose: as in read_frames; count: how many frames there are."""
         self.numbers = [int(i) for i in (choose(count) if callable(choose) else choose)]
+        if not self.numbers:
+            raise ValueError(f"of its {count} frames none is wanted")
         self.rows, self.pixels = {}, None  # rows: which of `pixels` a frame belongs into
         for row, number in enumerate(self.numbers):
             self.rows.setdefault(number, []).append(row)

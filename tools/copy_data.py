@@ -14,7 +14,6 @@ import argparse
 import os
 import random
 import shutil
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 
 from support.datasets import VIDEO_SUFFIXES
 from support.options import positive_int
-from support.processes import UserError, in_parallel, on_signals, one_sentence
+from support.processes import UserError, in_parallel, one_sentence
 from support.video import VideoError, every_frame, one_error
 
 # A clip is 32 frames out of hundreds: the reader begins at a key frame near each of them and passes
@@ -99,7 +98,7 @@ def main(argv=None):
     add("--short-side", type=positive_int, default=256, metavar="PX", help="at most (%(default)s)")
     add("--workers", type=positive_int, default=os.cpu_count(), metavar="N", help="processes")
     args = parser.parse_args(argv)
-    with one_sentence("copy_data.py"), on_signals(sys.exit):
+    with one_sentence("copy_data.py"):
         if not os.path.isdir(args.source):
             raise UserError(f"there is no folder {args.source}")
         if Path(args.target).resolve().is_relative_to(Path(args.source).resolve()):

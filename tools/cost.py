@@ -106,12 +106,12 @@ def steps_of(model, plain, batch, device, dtype):
     }
 
 
-def peak_gigabytes(run):
+def peak_gib(run):
     """The most that run() takes at once on a CUDA GPU, beside the weights and AdamW's averages."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def measure(counted, plain, args, device, dtype):
@@ -139,8 +139,8 @@ def measure(counted, plain, args, device, dtype):
             "MFU": macs / median(train) / rate,
         }
         if device.type == "cuda":
-            row["GB/clip"] = peak_gigabytes(steps[i, "train"]) / args.batch
-            row["plain GB/clip"] = peak_gigabytes(steps[i, "plain train"]) / args.batch
+            row["GiB/clip"] = peak_gib(steps[i, "train"]) / args.batch
+            row["plain GiB/clip"] = peak_gib(steps[i, "plain train"]) / args.batch
     return 2e-12 * rate
 
 

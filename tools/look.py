@@ -26,12 +26,8 @@ ACROSS = 4  # images in a row
 
 
 def new_figure(title, height):
-    try:
-        from matplotlib.figure import Figure  # only to draw: it takes half a second
-    except ImportError as error:
-        raise UserError(
-            "python -m tools.look needs matplotlib: pip install -r tools/requirements.txt"
-        ) from error
+    from matplotlib.figure import Figure  # here, for it takes half a second
+
     figure = Figure((10, height + 0.4), 100, layout="constrained")  # inches
     figure.suptitle(title, fontsize=11)
     return figure
@@ -95,9 +91,7 @@ def attention(model, video):
     """
     attn, seen = model.visual.blocks[-1].attn, []
     if not isinstance(attn, nn.MultiheadAttention):
-        raise UserError(
-            f"the attention of {model.config.backbone!r} cannot return its weights: no picture"
-        )
+        raise UserError(f"attention of {model.config.backbone!r} cannot return its weights")
 
     def forward(*inputs, **options):
         output, weights = type(attn).forward(attn, *inputs, **options | {"need_weights": True})
@@ -117,7 +111,7 @@ def attention(model, video):
 
 def draw_attention(args):
     """The central view of a video, and the likeliest classes."""
-    model, content = load_checkpoint(args.checkpoint, args.backbone, args.pretrained)
+    model, content = load_checkpoint(args.checkpoint)
     config, run, size = model.config, content["run"], model.visual.image_size[0]
     view = central_view(args.video, config.frames, size, run["sampling"], run["test_stride"])
     heats = attention(model, view.pixels)
@@ -187,9 +181,6 @@ def parse(argv):
         for argument in inputs:
             kind.add_argument(argument)
         kind.add_argument("picture", metavar="FILE.png")
-        if name == "attention":
-            kind.add_argument("--backbone", help="where the image model is, if not where it was")
-            kind.add_argument("--pretrained", help="likewise, the file or tag of its weights")
     return parser.parse_args(argv)
 
 

@@ -74,8 +74,8 @@ def test_memory_is_a_steps_own(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5e9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e9 + 1e9 * len(calls))
-    assert cost.peak_gigabytes(lambda: calls.append("run")) == 2
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e9 + 2**30 * len(calls))
+    assert cost.peak_gib(lambda: calls.append("run")) == 2
     assert calls == ["reset", "run"]
 
 

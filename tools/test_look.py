@@ -160,7 +160,7 @@ def test_curves_of_a_run(run, tmp_path, drawn):
         ("curves absent a.png", "No such file .*absent/log.jsonl"),
         (f"framesets {__file__} a.png", "cannot read .*test_look.py"),
         ("curves RUN no/where/a.png", "No such file .*no/where/a.png"),
-        ("curves RUN a.png", "python -m tools.look needs matplotlib: pip install -r tools/req"),
+        ("curves RUN a.png", "matplotlib.figure .*: pip install -r tools/req"),
     ],
 )
 def test_user_errors_get_a_sentence(words, sentence, run, tmp_path, monkeypatch):
