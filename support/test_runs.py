@@ -364,8 +364,10 @@ def test_what_differs_from_the_run_is_named(micro_run, micro, tmp_path):
         os.rename(other / split / "up_vertical", other / split / "a_class")
     ends(run + ["--root", str(other)], f"{other} has other classes")
     content = read_checkpoint(f"{out}/last.pt")
-    del content["run"]["before"], content["model"]["before"]
-    write_checkpoint(f"{out}/last.pt", content)  # as if this option were younger
+    for name in ("before", "rows"):  # as if these options were younger
+        del content["run"][name], content["model"][name]
+    write_checkpoint(f"{out}/last.pt", content)
+    ends(run + ["--rows", "2"], r"--rows was 4 \(")
     train.main(run + ["--workers", "1", "--micro-batch", "3"])
 
 

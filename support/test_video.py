@@ -1,6 +1,7 @@
 """Frames are exact, whatever the file; what is wrong with a file is one kind of error."""
 
 import collections
+import contextlib
 import glob
 import io
 import os
@@ -450,3 +451,12 @@ def test_the_avis_of_a_classic_benchmark_are_read_exactly():
         pytest.skip("the AVIs are not in ../shared")
     for path in paths if THOROUGH else paths[::60]:
         assert_read_as_decoding_gives(path)
+
+
+@pytest.mark.parametrize("places", [(0, 2, 1), (0, 1, 1), (0, 2, 3), (0, None, 1), (0, 1)])
+def test_order_is_proven_by_one_place_for_each_packet(places):
+    packets = [av.Packet(1) for _ in range(3)]
+    for packet, time in zip(packets, (0, 20, 10)):  # shown last, coded second
+        packet.pts = time
+    with contextlib.nullcontext() if places == (0, 2, 1) else pytest.raises(video.Doubt):
+        video.prove(packets, places, [])
