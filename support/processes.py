@@ -188,11 +188,12 @@ def rank_zero_first(work):
 
 # ---------------------------------------------------------------- progress, and many cores
 def progress_bar(items, title, total=None, **options):
-    """tqdm, in the first process only; in the log of a job it moves once a minute."""
+    """tqdm, in the first process only; in the log of a job, a line a minute."""
     from tqdm import tqdm  # here, so that `import model` needs it no more than it needs a terminal
 
     if not sys.stderr.isatty():
         options |= {"delay": 60, "mininterval": 60, "maxinterval": 60}  # seconds
+        options["bar_format"] = "{desc}: {n_fmt} of {total_fmt}, {remaining} to go{postfix}\n"
     return tqdm(items, title, total, leave=False, disable=rank() > 0, **options)
 
 
