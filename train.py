@@ -188,10 +188,8 @@ def parse(argv=None):
         check_options(args)
     except UserError as error:
         parser.error(error)
-    strides = [
-        getattr(args, name) != parser.get_default(name) for name in ("stride", "test_stride")
-    ]
-    if args.sampling == "uniform" and any(strides):
+    given = [n for n in ("stride", "test_stride") if getattr(args, n) != parser.get_default(n)]
+    if args.sampling == "uniform" and given:
         parser.error("strides are for --sampling dense; uniform takes one frame from each segment")
     if args.resume and args.overwrite:
         parser.error("--resume continues the run that --overwrite deletes: give one of them")

@@ -203,7 +203,7 @@ def parse(argv):
     add("--seed", nargs="+", type=natural, default=[0], metavar="N", help="seeds of each row")
     add("--jobs", type=positive_int, default=1, metavar="N", help="runs at once, on shared cores")
     add("--runs", default="runs/compare", metavar="DIR", help="folder of the runs and the table")
-    add("--group", type=re.compile, default=".*", help="finds in a path what is resampled")
+    add("--group", default=".*", help="finds in a path what is resampled")
     add("--shuffled", action="store_true", help="also top-1 on clips with shuffled frames")
     add("options", nargs="*", metavar="-- OPTIONS", help="of train.py, for all runs")
     args = parser.parse_args(argv)
@@ -213,6 +213,10 @@ def parse(argv):
     unknown = {name for name, _ in args.set} - {name for name, _ in args.method}
     if unknown:
         parser.error(f"--set {min(unknown)}: there is no such row in --method")
+    try:
+        args.group = re.compile(args.group)
+    except re.error as error:
+        parser.error(f"--group {args.group!r} is no regular expression: {error}")
     args.root = args.root or [os.path.join("data", args.data)]
     args.tests = ["predictions", "shuffled"] if args.shuffled else ["predictions"]
     return args

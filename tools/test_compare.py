@@ -191,6 +191,7 @@ def test_each_run_has_its_share_of_the_machine(monkeypatch):
 
 MISTAKES = [
     ({"own": ["--set", "aim", "lr=1"]}, "--set aim: there is no such row"),
+    ({"own": ["--group", "("]}, "--group '(' is no regular expression"),
     ({"methods": ["x=nothing"]}, "'nothing'"),
     ({"own": ["--seed", "0", "0"]}, "two runs would share runs/compare/dualpath-fold0-s0"),
     ({"options": ["--seed=5"]}, "--seed=5 cannot be given after the --"),
